@@ -1,0 +1,46 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Each sets itself up; they need Python 3.11+ and a package index.
+PYTHON ?= python3
+ENV ?= hopper
+SEED ?= 0
+RUN := .venv/bin/python
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+
+.PHONY: setup demo test lint data behavior results table plots bench
+
+setup: .venv/installed
+
+.venv/installed: requirements.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version)'
+	$(PYTHON) -m venv .venv
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+demo: setup  ## build hopper-medium, train BC and TD3+BC briefly, print the scores, draw the learning curve
+	$(RUN) results/demo.py
+
+test: setup
+	$(ONE_THREAD) $(RUN) -m pytest -q tests
+
+lint: setup
+	.venv/bin/ruff check .
+
+data: setup  ## build every dataset of the suite that can be built, and the card
+	$(RUN) results/behavior/collect.py all
+	$(RUN) results/report.py card
+
+behavior: setup  ## train behaviour policies online and choose the levels: make behavior ENV=hopper, resumes after a stop
+	$(ONE_THREAD) $(RUN) algorithms/sac.py --online --env $(ENV) --seed $(SEED) --eval-every 10000 \
+	    $$(test -e runs/sac-online/$(ENV)/seed$(SEED)/checkpoint.pt && echo --resume)
+	$(RUN) results/behavior/choose.py $(ENV) runs/sac-online/$(ENV)/seed$(SEED)
+
+results: setup  ## the committed results: make results SEED=0, resumes after a stop
+	$(RUN) results/grid.py --seed $(SEED)
+
+table: setup
+	$(RUN) results/report.py table
+
+plots: setup
+	$(RUN) results/report.py plots
+
+bench: setup  ## updates/s, GFLOP per update, share of the machine's own matmul rate
+	$(RUN) tests/bench.py
