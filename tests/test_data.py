@@ -1,0 +1,200 @@
+"""Datasets: what a row means, that every source says the same, and one clear line for every bad one."""
+import os
+import subprocess
+import sys
+import time
+
+import gymnasium as gym
+import h5py
+import minari
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from minari.data_collector import EpisodeBuffer
+
+import common
+
+COLLECT = [sys.executable, str(ROOT / "results" / "behavior" / "collect.py")]
+
+
+class World(gym.Env):
+    """Lends its spaces; nothing is played in it."""
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (3,), np.float64)
+    action_space = gym.spaces.Box(-1, 1, (3,), np.float32)
+
+
+def episodes(ends=("terminated", "truncated", "both", "unfinished"), lengths=(3, 2, 4, 2)) -> list[dict]:
+    """Episodes of a world where next_obs = obs + action: a row that is off by one shows. Each begins somewhere else."""
+    rng, result = np.random.default_rng(0), []
+    for number, (end, length) in enumerate(zip(ends, lengths)):
+        action = rng.uniform(-1, 1, (length, 3)).astype(np.float32)
+        obs = (100 * number + np.concatenate([np.zeros((1, 3)), np.cumsum(action, axis=0)])).astype(np.float32)
+        terminated, truncated = np.zeros(length, bool), np.zeros(length, bool)
+        terminated[-1], truncated[-1] = end in ("terminated", "both"), end in ("truncated", "both")
+        result.append(dict(obs=obs, action=action, reward=rng.normal(size=length).astype(np.float32), terminated=terminated,
+                           truncated=truncated))
+    return result
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    """An empty Minari root, and the world of `episodes` among the suite's bodies."""
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    if "World-v0" not in gym.registry:
+        gym.register("World-v0", "test_data:World")
+    monkeypatch.setitem(common.SUITE, "world", ("World-v0", 0.0, 10.0))
+    return tmp_path
+
+
+def save_minari(name: str, parts: list[dict], env="World-v0") -> None:
+    buffers = [EpisodeBuffer(observations=e["obs"], actions=e["action"], rewards=e["reward"], terminations=e["terminated"],
+                             truncations=e["truncated"], infos={}) for e in parts]
+    with pytest.warns(UserWarning):
+        minari.create_dataset_from_buffers(name, buffers, env=gym.make(env), ref_min_score=0.0, ref_max_score=10.0)
+
+
+def save_d4rl(path, parts: list[dict], complete: bool = True, **replace) -> str:
+    columns = dict(observations=np.concatenate([e["obs"][:-1] for e in parts]),
+                   next_observations=np.concatenate([e["obs"][1:] for e in parts]),
+                   actions=np.concatenate([e["action"] for e in parts]), rewards=np.concatenate([e["reward"] for e in parts]),
+                   terminals=np.concatenate([e["terminated"] for e in parts]),
+                   timeouts=np.concatenate([e["truncated"] for e in parts])) | replace
+    if not complete:
+        del columns["next_observations"]
+    with h5py.File(path, "w") as file:
+        for key, values in columns.items():
+            file[key] = values
+    return str(path)
+
+
+def test_minari_rows_are_aligned_and_tell_termination_from_truncation(root):
+    save_minari("test/world-v0", episodes())
+    data = common.load_dataset("test/world-v0", "cpu")
+    batch = data.columns(data.packed)
+    torch.testing.assert_close(batch.next_obs, batch.obs + batch.action, rtol=0, atol=5e-5)
+    assert batch.terminated.tolist() == [0, 0, 1, 0, 0, 0, 0, 0, 1, 0, 0]
+    assert data.truncated.tolist() == [False] * 4 + [True] + [False] * 3 + [True] + [False] * 2
+    starts, stops = data.episodes()
+    assert (starts.tolist(), stops.tolist()) == ([0, 3, 5, 9], [3, 5, 9, 11])
+    expected = [e["reward"].sum() for e in episodes()]
+    np.testing.assert_allclose(data.returns(), expected, rtol=1e-5)
+
+
+def test_d4rl_file_and_minari_set_and_its_cache_give_the_same_tensors(root):
+    save_minari("test/world-v0", episodes())
+    path = save_d4rl(root / "world-medium-v2.hdf5", episodes())
+    first, cached, file = (common.load_dataset(name, "cpu") for name in ("test/world-v0", "test/world-v0", path))
+    assert (root / "minari" / "test" / "world-v0" / "flat.npz").exists()
+    for other in (cached, file):
+        assert torch.equal(first.packed, other.packed) and torch.equal(first.truncated, other.truncated)
+        assert first.refs == other.refs and first.env_id == other.env_id
+
+
+def test_d4rl_file_without_next_observations_loses_the_rows_whose_next_state_is_unknown(root):
+    """The card's file: 3, 2 and 2 rows that end by termination, time limit, and not at all: 5 of 7 rows can be used."""
+    path = save_d4rl(root / "world.hdf5", episodes(("terminated", "truncated", "unfinished"), (3, 2, 2)), False)
+    data = common.load_dataset(path, "cpu")
+    batch = data.columns(data.packed)
+    assert len(data.packed) == 5 and batch.terminated.tolist() == [0, 0, 1, 0, 0]
+    living = batch.terminated == 0
+    torch.testing.assert_close(batch.next_obs[living], (batch.obs + batch.action)[living], rtol=0, atol=5e-5)
+    assert data.episodes()[1].tolist() == [3, 4, 5] and data.truncated.tolist() == [False, False, False, True, False]
+
+
+def test_scores_are_d4rls(root):
+    data = common.Dataset("x", "Pendulum-v1", 1, "cpu", common.SUITE["hopper"][1:])
+    assert data.score([1422.06]) == pytest.approx(44.32, abs=0.005)
+    assert (data.score([-20.272305]), data.score(3234.3)) == (0, 100)
+    assert common.Dataset("x", "Pendulum-v1", 1, "cpu", (np.nan, np.nan)).score([3.0]) is None
+
+
+def test_actions_are_scaled_to_one_and_sampling_is_uniform(root):
+    parts = episodes(("truncated",) * 5, (200,) * 5)
+    for part in parts:
+        part["action"] = 2 * part["action"][:, :1]
+    save_minari("test/pendulum-v0", parts, "Pendulum-v1")
+    data = common.load_dataset("test/pendulum-v0", "cpu")
+    action = torch.as_tensor(np.concatenate([part["action"] for part in parts]))
+    torch.testing.assert_close(data.columns(data.packed).action * 2, action)
+    torch.manual_seed(0)
+    data.packed[:, 0] = torch.arange(1000)
+    counts = torch.bincount(data.sample(400_000).obs[:, 0].long(), minlength=1000).double()
+    assert counts.min() > 0 and abs(counts.std() - 20) < 2  # 400 ± √400 each, the first row and the last included
+
+
+def test_evaluate_in_lockstep_equals_one_episode_at_a_time():
+    """Row i belongs to episode i to the end, also after others ended: the policy below depends on its row's history."""
+    policy = lambda obs: torch.stack([obs[:, 1].cos(), obs[:, 4].sin(), obs[:, 8].cos()], dim=1)
+    together = common.evaluate(policy, "Hopper-v5", 5, seed=3)
+    alone = [common.evaluate(policy, "Hopper-v5", 1, seed=3 + i)[0] for i in range(5)]
+    assert len(set(together)) == 5
+    np.testing.assert_allclose(together, alone, rtol=1e-6)
+
+
+def bad(capsys, call) -> str:
+    """What a wrong input says: one line on stderr, exit code 2."""
+    with pytest.raises(SystemExit) as stop:
+        call()
+    error = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and error[-1].startswith("error: ")
+    return error[-1]
+
+
+def test_every_bad_dataset_gets_one_line(root, capsys, monkeypatch):
+    load = lambda name, **options: bad(capsys, lambda: common.load_dataset(name, "cpu", **options))
+    assert "hopper-medium" in load("hoper-medium")
+    assert "no complete D4RL file" in load(str(root / "hopper-medium-v2.hdf5"))
+    assert "must start with the body" in load(str(root / "ant.hdf5"))
+    whole = save_d4rl(root / "world.hdf5", episodes())
+    (root / "world-cut.hdf5").write_bytes(open(whole, "rb").read()[:3000])
+    assert "no complete D4RL file" in load(str(root / "world-cut.hdf5"))
+    assert "no complete D4RL file" in load(_without(whole, root / "world-keys.hdf5", "rewards"))
+    assert "differ in length" in load(save_d4rl(root / "world-short.hdf5", episodes(), rewards=np.zeros(3, np.float32)))
+    rewards = np.zeros(11, np.float32)
+    rewards[7] = np.nan
+    assert "[7]" in load(save_d4rl(root / "world-nan.hdf5", episodes(), rewards=rewards))
+    assert "outside the bounds" in load(save_d4rl(root / "world-wild.hdf5", episodes(), actions=np.full((11, 3), 1.5)))
+    nothing = {key: np.zeros((0, 3), np.float32) for key in ("observations", "next_observations", "actions")}
+    nothing |= {key: np.zeros(0, np.float32) for key in ("rewards", "terminals", "timeouts")}
+    assert "empty" in load(save_d4rl(root / "world-empty.hdf5", episodes(), True, **nothing))
+    assert "continuous actions" in load(whole, discrete=True)
+    cart = [dict(obs=np.zeros((3, 4), np.float32), action=np.array([0, 1]), reward=np.ones(2),
+                 terminated=np.array([False, True]), truncated=np.zeros(2, bool))]
+    save_minari("test/cart-v0", cart, "CartPole-v1")
+    assert "discrete actions" in load("test/cart-v0")
+    assert common.load_dataset("test/cart-v0", "cpu", discrete=True).sample(4).action.dtype == torch.int64
+    monkeypatch.setattr(minari, "download_dataset", lambda name: (_ for _ in ()).throw(ConnectionError("no network")))
+    assert "no network" in load("mujoco/hopper/expert-v0")
+    monkeypatch.setattr(common, "COLLECT", root / "gone.py")
+    assert "not built" in load("hopper-expert")
+    (root / "minari" / "test" / "cart-v0" / "data" / "main_data.hdf5").write_bytes(b"damaged")
+    (root / "minari" / "test" / "cart-v0" / "flat.npz").unlink()
+    assert "can't read" in load("test/cart-v0", discrete=True)
+    if not torch.cuda.is_available():
+        assert "--device cuda" in bad(capsys, lambda: common.load_dataset(whole, "cuda"))
+
+
+def _without(path: str, copy, key: str) -> str:
+    with h5py.File(path) as source, h5py.File(copy, "w") as target:
+        for name in set(source) - {key}:
+            target[name] = source[name][:]
+    return str(copy)
+
+
+def test_building_is_atomic_and_repeatable(tmp_path):
+    """Two builds at once both succeed; one killed in the middle leaves no trace; the same seed gives the same data."""
+    here, there, again = (os.environ | {"MINARI_DATASETS_PATH": str(tmp_path / letter)} for letter in "abc")
+    small = [*COLLECT, "pendulum-random", "4000"]
+    both = [subprocess.Popen(small, env=here, stderr=subprocess.DEVNULL) for _ in range(2)]
+    killed = subprocess.Popen([*COLLECT, "pendulum-expert"], env=there, stderr=subprocess.DEVNULL)
+    time.sleep(4)
+    killed.kill()
+    killed.wait()
+    assert not (tmp_path / "b" / "local" / "pendulum" / "expert-v0").exists()
+    assert [process.wait(120) for process in both] == [0, 0]
+    assert not list((tmp_path / "a").glob(".building-*"))
+    subprocess.run(small, env=again, check=True, stderr=subprocess.DEVNULL)
+    files = [dict(np.load(tmp_path / letter / "local" / "pendulum" / "random-v0" / "flat.npz")) for letter in "ac"]
+    assert len(files[0]["obs"]) == 4000
+    assert all(np.array_equal(files[0][key], files[1][key]) for key in common.KEYS)
