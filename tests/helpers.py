@@ -1,0 +1,164 @@
+"""What the tests share: slow arithmetic to hold the fast code against, hand-made data, a Run that writes nothing."""
+import math
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from common import Batch, Dataset
+
+
+def assert_close(got, want, tol: float = 1e-8) -> None:
+    """Equal shapes, and equal numbers up to `tol`, relative and absolute."""
+    got, want = (torch.as_tensor(x, dtype=torch.float64).detach() for x in (got, want))
+    torch.testing.assert_close(got, want, rtol=tol, atol=tol)
+
+
+def slow_dense(x: list, weight: list, bias: list) -> list:
+    """One linear layer, one number at a time; a row of `weight` per output."""
+    return [sum(w * v for w, v in zip(row, x, strict=True)) + b for row, b in zip(weight, bias, strict=True)]
+
+
+def slow_mlp(net: nn.Sequential, x: torch.Tensor) -> list:
+    """A forward pass of one sample through Linear and ReLU layers."""
+    x = x.tolist()
+    for layer in net:
+        linear = isinstance(layer, nn.Linear)
+        x = slow_dense(x, layer.weight.tolist(), layer.bias.tolist()) if linear else [max(v, 0) for v in x]
+    return x
+
+
+def slow_critic(critic: nn.Module, k: int, obs: torch.Tensor, action: list) -> float:
+    """Q of critic k at one observation and one action."""
+    x, layers = obs.tolist() + list(action), list(critic.layers)
+    for layer in layers:
+        x = slow_dense(x, layer.weight[k].T.tolist(), layer.bias[k, 0].tolist())
+        x = x if layer is layers[-1] else [max(v, 0) for v in x]
+    return x[0]
+
+
+def slow_sample(actor: nn.Module, obs: torch.Tensor, noise: torch.Tensor, log_std_min: float) -> tuple[list, float]:
+    """The tanh-Gaussian's action for this noise, and its log-density by change of variables: log N(u) − log da/du."""
+    out, action, log_prob = slow_mlp(actor.net, obs), [], 0.0
+    for i, eps in enumerate(noise.tolist()):
+        mean, std = out[i], math.exp(min(max(out[len(out) // 2 + i], log_std_min), 2.0))
+        u = mean + std * eps
+        log_prob -= 0.5 * ((u - mean) / std) ** 2 + math.log(std * math.sqrt(2 * math.pi))
+        log_prob -= math.log(1 - math.tanh(u) ** 2)
+        action.append(math.tanh(u))
+    return action, log_prob
+
+
+def slow_soft_actor_loss(actor, critic, alpha: float, obs, noise, log_std_min: float) -> tuple[float, list, float]:
+    """SAC's α log π − min_k Q, its log π for each observation, and the mean Q over both critics."""
+    samples = [slow_sample(actor, obs[b], noise[b], log_std_min) for b in range(len(obs))]
+    q = [[slow_critic(critic, k, obs[b], samples[b][0]) for b in range(len(obs))] for k in range(2)]
+    loss = sum(alpha * samples[b][1] - min(q[0][b], q[1][b]) for b in range(len(obs))) / len(obs)
+    return loss, [log_prob for _, log_prob in samples], sum(q[0] + q[1]) / (2 * len(obs))
+
+
+def assert_gradient(parameter: nn.Parameter, slow_loss: Callable[[], float], eps: float = 1e-5) -> None:
+    """A vector's .grad is what a finite difference of the slow loss says."""
+    expected = []
+    for i in range(len(parameter)):
+        values = []
+        for shift in (eps, -2 * eps):
+            parameter.data[i] += shift
+            values.append(slow_loss())
+        parameter.data[i] += eps
+        expected.append((values[0] - values[1]) / (2 * eps))
+    assert_close(parameter.grad, expected, 1e-6)
+
+
+def record_draws(monkeypatch, name: str) -> list:
+    """Keeps what torch.<name> draws from here on, so that a slow loop can use the same noise."""
+    draws, draw = [], getattr(torch, name)
+
+    def recorded(*args, **kwargs):
+        draws.append(draw(*args, **kwargs))
+        return draws[-1].clone()
+
+    monkeypatch.setattr(torch, name, recorded)
+    return draws
+
+
+def make(module_class, *dims: int, scale: float = 2.0) -> nn.Module:
+    """A network with weights large enough that its outputs differ from sample to sample and clips have work to do."""
+    net = module_class(*dims)
+    for parameter in net.parameters():
+        parameter.data.mul_(scale)
+    return net
+
+
+def tiny_batch(terminated=(0, 1, 0, 0), obs_dim: int = 3, action_dim: int = 2) -> Batch:
+    """A few random transitions, of which the second is the last of its episode."""
+    n = len(terminated)
+    return Batch(torch.randn(n, obs_dim), 2 * torch.rand(n, action_dim) - 1, torch.randn(n), torch.randn(n, obs_dim),
+                 torch.tensor(terminated, dtype=torch.get_default_dtype()))
+
+
+def tiny_data(n: int = 12, action_dim: int = 2) -> Dataset:
+    """n random transitions in three episodes. Pendulum lends its three observations, and must bear a second action."""
+    data = Dataset("tiny", "Pendulum-v1", n, "cpu", (0.0, 1.0))
+    data.action_dim = action_dim
+    data.action_mid, data.action_half = torch.full((action_dim,), 0.5), torch.arange(1.0, action_dim + 1)
+    batch = tiny_batch([float(i == 3) for i in range(n)], action_dim=action_dim)
+    scalars = torch.stack([batch.reward, batch.terminated], dim=1)
+    data.packed = torch.cat([batch.obs, batch.action, batch.next_obs, scalars], dim=1)
+    data.truncated[7::4] = True
+    data.size.fill_(n)
+    return data
+
+
+def flat(net: nn.Module) -> torch.Tensor:
+    """All parameters of a network in one vector, copied."""
+    return torch.cat([parameter.detach().flatten() for parameter in net.parameters()])
+
+
+def flat_grad(net: nn.Module) -> torch.Tensor:
+    """The gradients of all parameters in one vector, copied."""
+    return torch.cat([parameter.grad.flatten() for parameter in net.parameters()])
+
+
+def step_by_hand(loss: torch.Tensor, parts: list, lr: float) -> torch.Tensor:
+    """Plain gradient descent, on these parameters and on nothing else; returns the gradient as one vector."""
+    grads = torch.autograd.grad(loss, parts)
+    for part, grad in zip(parts, grads):
+        part.data -= lr * grad
+    return torch.cat([grad.flatten() for grad in grads])
+
+
+class SilentRun:
+    """Stands in for common.Run while a test calls train: keeps the state after each step, writes nothing."""
+    last = None
+
+    def __init__(self, args, data, variant=""):
+        SilentRun.last, self.variant, self.history = self, variant, []
+
+    def snapshot(self):
+        self.history.append({name: flat(part) if isinstance(part, nn.Module) else part.detach().clone()
+                             for name, part in self.state.items() if not isinstance(part, torch.optim.Optimizer)})
+
+    def resume(self, **state):
+        self.state = state
+        self.snapshot()
+        return 0
+
+    def step(self, step, metrics, act):
+        self.snapshot()
+
+    def finish(self, actor):
+        self.actor = actor
+
+    def steps_that_moved(self, name) -> list[int]:
+        """The steps, from 1, at which this part of the state changed."""
+        pairs = enumerate(zip(self.history, self.history[1:]), 1)
+        return [step for step, (before, after) in pairs if not torch.equal(before[name], after[name])]
+
+
+def silent_train(monkeypatch, algorithm, data, **args) -> SilentRun:
+    """`train` of an algorithm's file on this dataset, without a folder."""
+    monkeypatch.setattr(algorithm, "Run", SilentRun)
+    monkeypatch.setattr(algorithm, "load_dataset", lambda *_: data)
+    algorithm.train(algorithm.Args(**args))
+    return SilentRun.last
