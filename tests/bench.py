@@ -1,0 +1,104 @@
+"""make bench: for each algorithm updates/s, GFLOP per update, and the share of this machine's own matrix-product rate.
+
+The rate is that of a (B, 256) x (256, 256) product, the one that fills an update with the usual networks; B is 256, as in a
+batch. Updates run on random data of hopper's shape (11 observations, 3 actions), so nothing has to be built.
+"""
+import argparse
+import importlib
+import sys
+import time
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "algorithms")]
+import common
+
+ALGORITHMS = ("bc", "td3_bc", "sac", "cql")
+
+
+class Enough(Exception):
+    """Raised from Run.step when the measurement is over."""
+
+
+def random_data(name: str, device: str, discrete: bool = False) -> common.Dataset:
+    data = common.Dataset("random numbers", "Hopper-v5", 100_000, device, (0.0, 1.0))
+    data.packed.normal_().clamp_(-1, 1)
+    data.packed[:, -1] = 0
+    data.truncated[999::1000] = True
+    data.size.fill_(len(data.packed))
+    return data
+
+
+def measure(name: str, device: str, seconds: float) -> tuple[float, float]:
+    """(updates per second, FLOP per update), through the file's own train()."""
+    module = importlib.import_module(name)
+    seen = dict(updates=0, flops=0.0, began=0.0)
+    warm_up = 10  # updates, also where a CUDA graph is recorded
+    counter = FlopCounterMode(display=False)
+    plain_update = module.update
+
+    def counted(*args, **kwargs):  # counts the FLOP of the second and third call: of two kinds of update, their mean
+        seen["calls"] = seen.get("calls", 0) + 1
+        if seen["calls"] not in (2, 3):
+            return plain_update(*args, **kwargs)
+        with counter:
+            metrics = plain_update(*args, **kwargs)
+        seen["flops"] += counter.get_total_flops() / 2
+        return metrics
+
+    def step(self, number, metrics, act):
+        if number == warm_up:
+            if device == "cuda":
+                torch.cuda.synchronize()
+            seen["began"] = time.time()
+        elif number > warm_up and number % 5 == 0:
+            if device == "cuda":
+                torch.cuda.synchronize()
+            elapsed = time.time() - seen["began"]
+            if elapsed > seconds:
+                seen["rate"] = (number - warm_up) / elapsed
+                raise Enough
+
+    arguments = module.Args(device=device, out="/nonexistent")
+    with patch.object(module, "load_dataset", random_data), patch.object(common.Run, "step", step), \
+            patch.object(common.Run, "resume", lambda self, **state: 0), patch.object(module, "update", counted):
+        try:
+            module.train(arguments)
+        except Enough:
+            pass
+    return seen["rate"], seen["flops"]
+
+
+def matmul_rate(device: str, seconds: float = 1.0) -> float:
+    """FLOP per second of a (256, 256) by (256, 256) product."""
+    a, b = torch.randn(256, 256, device=device), torch.randn(256, 256, device=device)
+    for _ in range(50):
+        a @ b
+    count, began = 0, time.time()
+    while time.time() - began < seconds:
+        for _ in range(100):
+            torch.mm(a, b)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        count += 100
+    return count * 2 * 256**3 / (time.time() - began)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--seconds", type=float, default=5.0, help="of measurement per algorithm")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("algorithms", nargs="*", default=ALGORITHMS)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    rate = matmul_rate(options.device)
+    print(f"{options.device}, {options.threads} threads, PyTorch {torch.__version__}: matrix product {rate / 1e9:.0f} GFLOP/s")
+    print(f"{'algorithm':<12}{'updates/s':>11}{'GFLOP/update':>14}{'GFLOP/s':>10}{'share':>8}")
+    for name in options.algorithms:
+        updates, flops = measure(name, options.device, options.seconds)
+        print(f"{name:<12}{updates:11.1f}{flops / 1e9:14.3f}{updates * flops / 1e9:10.1f}{updates * flops / rate:8.2f}")

@@ -1,0 +1,198 @@
+"""Whole runs, as a user starts them: they learn, resume bit for bit, save policies that act, and refuse bad settings."""
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+import common
+
+ALGORITHMS = ("bc", "td3_bc", "sac", "cql")
+QUICK = ["--env", "pendulum-medium", "--eval-episodes", "2", "--final-episodes", "2", "--device", "cpu"]
+TINY = {"cql": ["--num-samples", "2", "--batch-size", "32"]}
+
+
+@pytest.fixture(scope="session")
+def minari_root(tmp_path_factory):
+    """One Minari root for all runs; each dataset is built on first use."""
+    root = tmp_path_factory.mktemp("minari")
+    os.environ["MINARI_DATASETS_PATH"] = str(root)
+    yield root
+    del os.environ["MINARI_DATASETS_PATH"]
+
+
+def command(name: str, out, *arguments: str, quick=QUICK) -> list[str]:
+    return [sys.executable, str(ROOT / "algorithms" / f"{name}.py"), *quick, *TINY.get(name, []), "--out", str(out), *arguments]
+
+
+def run(name: str, out, *arguments: str, code: int = 0, **options) -> subprocess.CompletedProcess:
+    """Runs from an unrelated working directory: nothing may depend on it."""
+    done = subprocess.run(command(name, out, *arguments, **options), capture_output=True, text=True, cwd=out, timeout=300)
+    assert done.returncode == code, done.stderr[-2000:]
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def folder(name: str, out, env: str = "pendulum-medium"):
+    return out / name / env / "seed0"
+
+
+def policy(name: str, out, env: str = "pendulum-medium") -> dict:
+    return torch.load(folder(name, out, env) / "policy.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_a_killed_run_resumes_to_the_same_policy_bit_for_bit(name, minari_root, tmp_path):
+    """kill -9 after the first checkpoint; then --resume. An uninterrupted run must end with the same numbers everywhere."""
+    plan = ["--steps", "240", "--eval-every", "80"]
+    run(name, tmp_path, *plan)
+    expected = policy(name, tmp_path)["actor"]
+    shutil.move(folder(name, tmp_path), tmp_path / "uninterrupted")
+    killed = subprocess.Popen(command(name, tmp_path, *plan), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (folder(name, tmp_path) / "checkpoint.pt").exists():
+        assert killed.poll() is None
+        time.sleep(0.01)
+    killed.kill()
+    killed.wait()
+    assert not (folder(name, tmp_path) / "result.json").exists()
+    run(name, tmp_path, *plan, "--resume")
+    resumed = policy(name, tmp_path)["actor"]
+    assert expected.keys() == resumed.keys() and all(torch.equal(expected[key], resumed[key]) for key in expected)
+    results = [json.loads((path / "result.json").read_text()) for path in (folder(name, tmp_path), tmp_path / "uninterrupted")]
+    assert results[0]["final_returns"] == results[1]["final_returns"]
+    assert results[0]["curve"] == results[1]["curve"]
+    assert results[0]["dataset"]["fingerprint"] == results[1]["dataset"]["fingerprint"]
+
+
+def test_ctrl_c_leaves_a_checkpoint(minari_root, tmp_path):
+    process = subprocess.Popen(command("bc", tmp_path, "--steps", "1000000", "--eval-every", "500000"), stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)
+    while not list(folder("bc", tmp_path).glob("events*")):
+        time.sleep(0.05)
+    time.sleep(1.0)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert "--resume goes on from there" in error and "Traceback" not in error
+    saved = torch.load(folder("bc", tmp_path) / "checkpoint.pt", weights_only=True)
+    assert 0 < saved["step"] < 1_000_000
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_a_saved_policy_acts_on_raw_observations(name, minari_root, tmp_path):
+    """policy.pt alone rebuilds the policy that was evaluated: same final returns, in the environment's own units."""
+    done = run(name, tmp_path, "--steps", "60", "--eval-every", "60")
+    result = json.loads((folder(name, tmp_path) / "result.json").read_text())
+    saved = policy(name, tmp_path)
+    actor = __import__(name).Actor(saved["obs_dim"], saved["action_dim"])
+    actor.load_state_dict(saved["actor"])
+    returns = common.evaluate(actor.act, saved["env_id"], 2, 10**6 * 1000)
+    np.testing.assert_allclose(returns, result["final_returns"], rtol=1e-5)
+    assert "score" in done.stdout and list(folder(name, tmp_path).glob("events*"))
+    for key in ("algorithm env seed steps args dataset env_id versions hardware curve final_returns score seconds "
+                "updates_per_second").split():
+        assert key in result
+    for key in ("name", "fingerprint", "transitions", "episodes", "return_mean"):
+        assert result["dataset"][key]
+
+
+def test_the_actor_uses_the_bounds_and_the_statistics_of_the_data():
+    """Pendulum's torque reaches ±2, and a standardised observation is not a raw one."""
+    import td3_bc
+    actor = td3_bc.Actor(3, 1)
+    actor.obs_mean, actor.obs_std = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 3.0, 4.0])
+    actor.action_half = torch.tensor([2.0])
+    raw = torch.randn(5, 3)
+    torch.testing.assert_close(actor.act(raw), 2 * actor((raw - actor.obs_mean) / actor.obs_std))
+
+
+def test_methods_that_use_rewards_beat_the_data(minari_root, tmp_path):
+    """pendulum-medium: its policy is half-trained. A clone is about as good as it; TD3+BC and CQL must be better."""
+    plan = ["--eval-every", "100000", "--final-episodes", "20"]
+    quick = ["--env", "pendulum-medium", "--device", "cpu"]
+    run("bc", tmp_path, *plan, "--steps", "2000", quick=quick)
+    run("td3_bc", tmp_path, *plan, "--steps", "3000", quick=quick)
+    run("cql", tmp_path, *plan, "--steps", "1500", "--num-samples", "4", "--batch-size", "64", "--cql-weight", "1", quick=quick)
+    results = {name: json.loads((folder(name, tmp_path) / "result.json").read_text()) for name in ("bc", "td3_bc", "cql")}
+    mean = results["bc"]["dataset"]["return_mean"]
+    finals = {name: np.mean(result["final_returns"]) for name, result in results.items()}
+    assert abs(finals["bc"] - mean) < 200, (finals, mean)
+    assert finals["td3_bc"] > mean + 200 and finals["cql"] > mean + 100, (finals, mean)
+
+
+def test_online_sac_trains_snapshots_and_resumes(minari_root, tmp_path):
+    plan = ["--online", "--random-steps", "100", "--snapshot-every", "100", "--eval-every", "150"]
+    quick = ["--env", "pendulum", "--eval-episodes", "1", "--final-episodes", "1", "--device", "cpu"]
+    run("sac", tmp_path, *plan, "--steps", "150", quick=quick)
+    where = folder("sac-online", tmp_path, "pendulum")
+    checkpoint = torch.load(where / "checkpoint.pt", weights_only=True)
+    assert int(checkpoint["size"]) == 150 and (where / "snapshots" / "0000100.pt").exists()
+    torque = checkpoint["packed"][:, 3]
+    assert torque.abs().max() <= 1 and torque[:100].std() > 0.4  # in [-1, 1], and uniform at first
+    run("sac", tmp_path, *plan, "--steps", "300", "--resume", quick=quick)  # more steps than before may be asked for
+    assert (where / "snapshots" / "0000300.pt").exists()
+
+
+def test_every_bad_setting_gets_one_line(minari_root, tmp_path, monkeypatch, capsys):
+    def error(name, *arguments, quick=QUICK):
+        lines = run(name, tmp_path, *arguments, code=2, quick=quick).stderr.strip().splitlines()
+        assert len(lines) == 1 and lines[0].startswith("error: "), lines
+        return lines[0]
+
+    assert "near are hopper-medium" in error("td3_bc", quick=["--env", "hoper-medium"])
+    assert "--steps must be at least 1" in error("bc", "--steps", "0")
+    assert "there is no" in error("bc", "--steps", "10", "--resume")
+    assert "--top-fraction" in error("bc", "--top-fraction", "0")
+    assert "a body" in error("sac", "--online", quick=["--env", "hopper-medium"])
+    run("bc", tmp_path, "--steps", "20", "--eval-every", "20")
+    assert "actor_lr was 0.0003" in error("bc", "--steps", "20", "--eval-every", "20", "--actor-lr", "1e-3", "--resume")
+    assert "more --steps" in error("bc", "--steps", "10", "--eval-every", "20", "--resume")
+    (tmp_path / "file").write_text("")
+    assert "could not write" in error("bc", "--steps", "10", "--out", str(tmp_path / "file"))
+    if not torch.cuda.is_available():
+        assert "cuda" in error("bc", quick=["--env", "pendulum-medium", "--device", "cuda"])
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(minari_root, tmp_path):
+    """A learning rate of 1e30 blows up after the first step: named, with the step."""
+    stopped = run("bc", tmp_path, "--steps", "300", "--eval-every", "300", "--actor-lr", "1e30", code=2)
+    last = stopped.stderr.strip().splitlines()[-1]
+    assert "cloning_error is" in last and "by step 100" in last
+    assert not (folder("bc", tmp_path) / "checkpoint.pt").exists()
+
+
+def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, capsys, monkeypatch):
+    """A real limit on the size of files, so that the write itself fails."""
+    import resource
+    path = tmp_path / "checkpoint.pt"
+    common.write_atomically(path, lambda part: torch.save({"step": 1}, part))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(SystemExit) as stop:
+            common.write_atomically(path, lambda part: torch.save(torch.zeros(1_000_000), part))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert stop.value.code == 2 and "could not write" in capsys.readouterr().err
+    assert torch.load(path, weights_only=True) == {"step": 1} and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_copied_file_runs_with_nothing_but_common_beside_it(minari_root, tmp_path):
+    """In an empty folder, on a dataset that is built already; one that is not built is refused in one line."""
+    for source in (ROOT / "common.py", ROOT / "algorithms" / "td3_bc.py"):
+        shutil.copy(source, tmp_path)
+    copy = [sys.executable, "td3_bc.py", *QUICK, "--steps", "20", "--eval-every", "20"]
+    done = subprocess.run(copy, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    copy[copy.index("pendulum-medium")] = "pendulum-expert"
+    done = subprocess.run(copy, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "not built" in done.stderr and "Traceback" not in done.stderr
+    assert {path.name for path in tmp_path.iterdir()} - {"__pycache__"} == {"common.py", "runs", "td3_bc.py"}
