@@ -1,0 +1,41 @@
+"""Run the grid of committed results, one run after the other; a stopped grid goes on where it was.
+
+    python results/grid.py --seed 0 [--only cql]          (several of these, each with another --only, may run side by side)
+
+Each finished run's result.json is copied to results/<algorithm>/<env>/seed<k>.json, from which report.py makes the tables.
+"""
+import argparse
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+GRID = [  # (name, script and its arguments)
+    ("bc", "bc.py --env hopper-medium --steps 100000"),
+    ("td3_bc", "td3_bc.py --env hopper-medium --steps 100000"),
+    ("sac", "sac.py --env hopper-medium --steps 100000"),
+    ("cql", "cql.py --env hopper-medium --steps 20000 --eval-every 1000"),  # as many as an hour on one core allows
+]
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seed", type=int, default=0, help="of every run")
+    parser.add_argument("--only", help="run only the lines of the grid with this name")
+    parser.add_argument("--out", type=Path, default=HERE.parent / "runs", help="where the runs' folders go")
+    options = parser.parse_args()
+    for name, line in GRID:
+        if options.only not in (None, name):
+            continue
+        script, *arguments = line.split()
+        env = arguments[arguments.index("--env") + 1]
+        run = options.out / name / env / f"seed{options.seed}"
+        if not (run / "result.json").exists():
+            resume = ["--resume"] if (run / "checkpoint.pt").exists() else []
+            command = [sys.executable, str(HERE.parent / "algorithms" / script), *arguments, "--seed", str(options.seed),
+                       "--out", str(options.out), *resume]
+            if code := subprocess.run(command).returncode:
+                sys.exit(code)
+        committed = HERE / name / env / f"seed{options.seed}.json"
+        committed.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(run / "result.json", committed)
