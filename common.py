@@ -16,13 +16,11 @@ from collections import Counter, namedtuple
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 LEVELS = ("random", "medium", "medium-replay", "medium-expert", "expert")
@@ -72,8 +70,7 @@ def evaluate(act: Callable, env_id: str, episodes: int, seed: int = 0, device="c
     return returns
 
 
-# B transitions: obs (B, S), action (B, A) in [-1, 1] or (B,) integers, reward (B,), next_obs (B, S), terminated (B,) 0 or 1
-Batch = namedtuple("Batch", "obs action reward next_obs terminated")
+Batch = namedtuple("Batch", "obs action reward next_obs terminated")  # (B, S), (B, A) or (B,) integers, (B,), (B, S), (B,)
 
 
 class Dataset:
@@ -86,7 +83,7 @@ class Dataset:
         discrete = isinstance(env.action_space, gym.spaces.Discrete)
         low, high = np.float32([[-1], [1]]) if discrete else (env.action_space.low, env.action_space.high)
         self.name, self.env_id, self.refs = name, env_id, refs  # refs: the returns that score 0 and 100, or NaN
-        self.num_actions = int(env.action_space.n) if discrete else None
+        self.num_actions, self.kind = (int(env.action_space.n), "discrete") if discrete else (None, "continuous")
         self.obs_dim, self.action_dim = env.observation_space.shape[0], len(low)
         self.action_mid = torch.as_tensor((low + high) / 2, device=self.device)  # (A,) the environment's action is
         self.action_half = torch.as_tensor((high - low) / 2, device=self.device)  # mid + half * action
@@ -94,7 +91,7 @@ class Dataset:
         self.truncated = torch.zeros(capacity, dtype=torch.bool, device=self.device)  # (N,)
         self.size = torch.tensor(0, device=self.device)  # rows in use: N, or fewer while an online run fills them
 
-    def columns(self, rows: Tensor) -> Batch:
+    def columns(self, rows: torch.Tensor) -> Batch:
         """A row is [obs | action | next_obs | reward | terminated]; all but a discrete action are views of it."""
         obs, action, next_obs, tail = rows.split([self.obs_dim, self.action_dim, self.obs_dim, 2], dim=1)
         return Batch(obs, action[:, 0].long() if self.num_actions else action, tail[:, 0], next_obs, tail[:, 1])
@@ -102,13 +99,6 @@ class Dataset:
     def sample(self, batch_size: int) -> Batch:
         """Uniform with replacement. The indices are drawn on the device, so that nothing waits for the host."""
         return self.columns(self.packed[(torch.rand(batch_size, device=self.device) * self.size).long()])
-
-    def standardize_obs(self, eps: float = 1e-3) -> tuple[Tensor, Tensor]:
-        """Bring obs and next_obs to mean 0 and std 1, in place; returns the mean and std + eps used, (S,) each."""
-        obs, _, _, next_obs, _ = self.columns(self.packed)
-        mean, std = obs.mean(0), obs.std(0, correction=0) + eps
-        obs.sub_(mean).div_(std), next_obs.sub_(mean).div_(std)
-        return mean, std
 
     def episodes(self) -> tuple[np.ndarray, np.ndarray]:
         """First row of each episode and the row after its last, (E,) each; a last fragment, cut off by the file, counts."""
@@ -130,25 +120,21 @@ def read_minari(dataset_id: str) -> dict:
     """A Minari dataset as flat arrays, through a cache beside it: one HDF5 group per episode is slow to read."""
     import minari
     folder = minari.storage.get_dataset_path(dataset_id)
-    try:
-        if not folder.exists() and dataset_id.startswith("local/"):
-            check(COLLECT.exists(), f"{dataset_id} is not built, and only the repository holds what builds it: {COLLECT}")
-            check(not subprocess.run([sys.executable, COLLECT, dataset_id]).returncode, f"{dataset_id} was not built")
-        elif not folder.exists():
-            minari.download_dataset(dataset_id)
-        cache_file, stamp = folder / "flat.npz", str((folder / "data" / "metadata.json").stat().st_mtime_ns)
-        if cache_file.exists() and str((flat := dict(np.load(cache_file)))["stamp"]) == stamp:
-            return flat
-        dataset = minari.load_dataset(dataset_id)
-        meta, spec = dataset.storage.metadata, make_env(dataset.env_spec.to_json()).spec
-        episodes = [(e.observations[:-1], e.actions, e.rewards, e.observations[1:], e.terminations, e.truncations)
-                    for e in tqdm(dataset, desc=f"reading {dataset_id}", unit=" episodes")]  # T + 1 observations each
-        flat = {key: np.concatenate(values) for key, values in zip(KEYS, zip(*episodes))}
-        flat |= dict(env=spec.to_json() if spec.kwargs else spec.id, stamp=stamp,
-                     refs=[meta.get("ref_min_score", np.nan), meta.get("ref_max_score", np.nan)])
-    except Exception as error:  # whatever the network, a damaged file, exotic spaces or a lacking environment may have
-        check(False, f"can't read the Minari dataset {dataset_id} ({type(error).__name__}: {error}); delete {folder} if it is "
-              f"damaged; here are {', '.join(minari.list_local_datasets()) or 'none'}")
+    if not folder.exists() and dataset_id.startswith("local/"):
+        check(COLLECT.exists(), f"{dataset_id} is not built, and only the repository holds what builds it: {COLLECT}")
+        check(not subprocess.run([sys.executable, COLLECT, dataset_id]).returncode, f"{dataset_id} was not built")
+    elif not folder.exists():
+        minari.download_dataset(dataset_id)
+    cache_file, stamp = folder / "flat.npz", str((folder / "data" / "metadata.json").stat().st_mtime_ns)
+    if cache_file.exists() and str((flat := dict(np.load(cache_file)))["stamp"]) == stamp:
+        return flat
+    dataset = minari.load_dataset(dataset_id)
+    meta, spec = dataset.storage.metadata, make_env(dataset.env_spec.to_json()).spec
+    episodes = [(e.observations[:-1], e.actions, e.rewards, e.observations[1:], e.terminations, e.truncations)
+                for e in tqdm(dataset, desc=f"reading {dataset_id}", unit=" episodes")]  # T + 1 observations each
+    flat = {key: np.concatenate(values) for key, values in zip(KEYS, zip(*episodes))}
+    flat |= dict(env=spec.to_json() if spec.kwargs else spec.id, stamp=stamp,
+                 refs=[meta.get("ref_min_score", np.nan), meta.get("ref_max_score", np.nan)])
     if os.access(folder, os.W_OK):
         write_atomically(cache_file, lambda part: np.savez(open(part, "wb"), **flat))
     return flat
@@ -158,14 +144,12 @@ def read_d4rl(path: Path) -> dict:
     """D4RL's flat file. Where it has no `next_observations`, the state after a time limit is unknown: left out."""
     import h5py
     body = next((body for body in SUITE if path.stem.lower().startswith(body)), None)
+    check(path.exists(), f"there is no file {path}")
     check(body, f"{path.name}: the name must start with the body it is from, one of {', '.join(SUITE)}")
-    try:
-        with h5py.File(path) as file:
-            obs, action, reward, terminated = (file[k][:] for k in ("observations", "actions", "rewards", "terminals"))
-            truncated = file["timeouts"][:].astype(bool) if "timeouts" in file else np.zeros(len(obs), bool)
-            next_obs = file["next_observations"][:] if "next_observations" in file else None
-    except (OSError, KeyError) as error:
-        check(False, f"there is no complete D4RL file {path}: {error}")
+    with h5py.File(path) as file:
+        obs, action, reward, terminated = (file[k][:] for k in ("observations", "actions", "rewards", "terminals"))
+        truncated = file["timeouts"][:].astype(bool) if "timeouts" in file else np.zeros(len(obs), bool)
+        next_obs = file["next_observations"][:] if "next_observations" in file else None
     check(len(obs) == len(action) == len(reward) == len(terminated) == len(truncated), f"{path}: columns differ in length")
     keep, terminated = np.ones(len(obs), bool), terminated.astype(bool)
     if next_obs is None and len(obs):
@@ -173,8 +157,8 @@ def read_d4rl(path: Path) -> dict:
         keep = terminated | ~truncated
         keep[-1] = terminated[-1]
         truncated[:-1] |= truncated[1:] & ~keep[1:] & ~terminated[:-1]  # such an episode now ends one row earlier
-    flat = zip(KEYS, (obs, action, reward, next_obs, terminated, truncated))
-    return {key: value[keep] for key, value in flat} | dict(env=SUITE[body][0], refs=SUITE[body][1:])
+    flat = (x[keep] for x in (obs, action, reward, next_obs, terminated, truncated))
+    return dict(zip(KEYS, flat), env=SUITE[body][0], refs=SUITE[body][1:])
 
 
 def load_dataset(name: str, device: str = "auto", discrete: bool = False) -> Dataset:
@@ -185,12 +169,14 @@ def load_dataset(name: str, device: str = "auto", discrete: bool = False) -> Dat
     body, _, level = name.partition("-")
     levels = ("medium", "expert") if level == "medium-expert" else (level,)
     ids = [f"local/{body}/{level}-v0" for level in levels] if name in names else [name]
-    parts = [read_d4rl(Path(i).expanduser()) if i.endswith(".hdf5") else read_minari(i) for i in ids]
+    try:
+        parts = [read_d4rl(Path(i).expanduser()) if i.endswith(".hdf5") else read_minari(i) for i in ids]
+    except Exception as error:  # whatever a network, a damaged file, exotic spaces or a lacking environment may have
+        check(False, f"can't read {name}: {type(error).__name__}, {error}; delete what is damaged to have it made anew")
     flat = [torch.as_tensor(np.concatenate([np.float32(part[key]) for part in parts])) for key in KEYS]
     obs, action, reward, next_obs, terminated, truncated = (x.reshape(len(x), x[:1].numel()) for x in flat)  # all (N, ·)
     data = Dataset(name, str(parts[0]["env"]), len(obs), device, tuple(parts[0]["refs"]))
-    kind = "discrete" if data.num_actions else "continuous"
-    check(discrete == bool(data.num_actions), f"{name} has {kind} actions; this algorithm needs the other kind")
+    check(discrete == bool(data.num_actions), f"{name} has {data.kind} actions, and this algorithm needs the other kind")
     damaged = (~torch.cat([obs, action, reward, next_obs], dim=1).isfinite()).any(dim=1).nonzero()[:, 0].tolist()
     check(len(obs) and not damaged, f"{name} is empty or damaged: not finite are the numbers of transitions {damaged[:3]}")
     action = (action - data.action_mid.cpu()) / data.action_half.cpu()
@@ -246,8 +232,7 @@ class Run:
         torch.manual_seed(args.seed)
 
     def resume(self, **state) -> int:
-        """Hand over all that training changes (modules, optimizers, tensors); --resume loads it from the checkpoint.
-        Returns the last step taken, 0 for a fresh start."""
+        """Hand over all that training changes: modules, optimizers, tensors. Returns the last step taken, 0 when fresh."""
         self.state, self.checkpoint, step = state, self.folder / "checkpoint.pt", 0
         self.settings = asdict(self.args) | {"data": self.dataset["fingerprint"]}
         if self.args.resume:
@@ -258,7 +243,7 @@ class Run:
                      and key not in ("resume", "out", "device", "steps")] + ["more --steps"] * (step > self.args.steps)
             check(not other, f"--resume with other settings: {', '.join(other)}; use the same or start without --resume")
             for name, part in state.items():
-                part.data.copy_(saved[name]) if isinstance(part, Tensor) else part.load_state_dict(saved[name])
+                part.data.copy_(saved[name]) if isinstance(part, torch.Tensor) else part.load_state_dict(saved[name])
             for set_state, rng in zip((torch.set_rng_state, torch.cuda.set_rng_state), rngs):
                 set_state(rng.cpu())
         elif self.folder.exists():  # an earlier run of this name is kept
@@ -272,7 +257,7 @@ class Run:
         self.since = time.time()
         return step
 
-    def step(self, step: int, metrics: dict[str, Tensor], act: Callable) -> None:
+    def step(self, step: int, metrics: dict[str, torch.Tensor], act: Callable) -> None:
         """After each update. Logs every 100; every --eval-every evaluates and checkpoints; after Ctrl-C leaves, saved."""
         self.bar.update()
         due = step % self.args.eval_every == 0 or step == self.args.steps
@@ -286,21 +271,21 @@ class Run:
         if due or self.stop:
             self.seconds += time.time() - self.since
             if due:
-                score = self._evaluate(act, f"step {step:,}", self.args.eval_episodes, self.args.seed)
-                self.writer.add_scalar("eval/return", np.mean(score["returns"]), step)
-                self.curve.append(dict(step=step, metrics=values) | score)
-            saved = {name: part if isinstance(part, Tensor) else part.state_dict() for name, part in self.state.items()}
+                returns, score = self._evaluate(act, f"step {step:,}", self.args.eval_episodes, self.args.seed)
+                self.writer.add_scalar("eval/return", np.mean(returns), step)
+                self.curve.append(dict(step=step, returns=returns, score=score, metrics=values))
+            saved = {name: part if isinstance(part, torch.Tensor) else part.state_dict() for name, part in self.state.items()}
             rngs = [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if self.data.device.type == "cuda" else [])]
             saved |= dict(step=step, curve=self.curve, seconds=self.seconds, rngs=rngs, settings=self.settings)
             write_atomically(self.checkpoint, lambda part: torch.save(saved, part))
             check(not self.stop, f"stopped after step {step:,}; the same command with --resume goes on from there")
             self.since = time.time()  # evaluations do not count in updates per second
 
-    def _evaluate(self, act: Callable, label: str, episodes: int, seed: int) -> dict:
+    def _evaluate(self, act: Callable, label: str, episodes: int, seed: int) -> tuple[list[float], float | None]:
         returns = evaluate(act, self.data.env_id, episodes, 10**6 * seed, self.data.device)
         score = self.data.score(returns)
-        self.bar.write(f"{label:<20}  return {returns.mean():8.1f} ± {returns.std():6.1f}   score {score or np.nan:6.1f}")
-        return dict(returns=returns.tolist(), score=score)
+        self.bar.write(f"{label:<15} return {returns.mean():8.1f} ± {returns.std():6.1f}   score {score or np.nan:6.1f}")
+        return returns.tolist(), score
 
     def finish(self, actor: torch.nn.Module) -> None:
         """Evaluates the final policy over --final-episodes; writes policy.pt and result.json."""
@@ -308,13 +293,12 @@ class Run:
         self.writer.close()
         signal.signal(signal.SIGINT, self.handler)
         data, args = self.data, self.args
-        final = self._evaluate(actor.act, f"final, {args.final_episodes} episodes", args.final_episodes, args.seed + 1000)
+        returns, score = self._evaluate(actor.act, "final", args.final_episodes, args.seed + 1000)
         chip = torch.cuda.get_device_name() if data.device.type == "cuda" else os.uname().machine
         result = dict(algorithm=self.algorithm, env=args.env, seed=args.seed, steps=args.steps, args=asdict(args),
                       dataset=self.dataset, env_id=data.env_id, hardware=f"{chip}, {torch.get_num_threads()} threads",
-                      versions={package: version(package) for package in ("torch", "numpy", "gymnasium", "minari")},
-                      seconds=self.seconds, updates_per_second=args.steps / self.seconds, curve=self.curve,
-                      final_returns=final["returns"], score=final["score"])
+                      versions=dict(torch=torch.__version__, numpy=np.__version__, gymnasium=gym.__version__), curve=self.curve,
+                      seconds=self.seconds, updates_per_second=args.steps / self.seconds, final_returns=returns, score=score)
         policy = dict(algorithm=self.algorithm, env_id=data.env_id, obs_dim=data.obs_dim, action_dim=data.action_dim)
         write_atomically(self.folder / "policy.pt", lambda part: torch.save(policy | dict(actor=actor.state_dict()), part))
         write_atomically(self.folder / "result.json", lambda part: part.write_text(json.dumps(result, indent=1)))

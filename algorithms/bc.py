@@ -104,6 +104,15 @@ def actor_loss(actor: Actor, batch: Batch) -> Tensor:
     return (prediction - batch.action).pow(2).mean()
 
 
+def standardize_obs(data: Dataset, eps: float = 1e-3) -> tuple[Tensor, Tensor]:
+    """Bring the data's observations to mean 0 and std 1, in place; returns the mean and std + eps used, (S,) each."""
+    obs, _, _, next_obs, _ = data.columns(data.packed)
+    mean, std = obs.mean(dim=0), obs.std(dim=0, correction=0) + eps  # eps, for what hardly moves [C]
+    for part in (obs, next_obs):
+        part.sub_(mean).div_(std)
+    return mean, std
+
+
 def descend(loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
     """One gradient step on the optimizer's own parameters; for no others is a gradient computed."""
     optimizer.zero_grad()
@@ -127,7 +136,7 @@ def train(args: Args) -> None:
     data.packed, data.truncated = data.packed[rows], data.truncated[rows]
     data.size.fill_(len(rows))
     actor = Actor(data.obs_dim, data.action_dim).to(data.device)
-    actor.obs_mean, actor.obs_std = data.standardize_obs()  # and the data are standardised from here on
+    actor.obs_mean, actor.obs_std = standardize_obs(data)
     actor.action_mid, actor.action_half = data.action_mid, data.action_half
 
     optimizer = torch.optim.Adam(actor.parameters(), lr=args.actor_lr, fused=True, capturable=data.device.type == "cuda")

@@ -154,6 +154,15 @@ def actor_loss(actor: Actor, critic: Critic, batch: Batch, q_weight: float) -> t
     return -lam * q.mean() + cloning, cloning.detach(), q.detach().mean()
 
 
+def standardize_obs(data: Dataset, eps: float = 1e-3) -> tuple[Tensor, Tensor]:
+    """Bring the data's observations to mean 0 and std 1, in place; returns the mean and std + eps used, (S,) each."""
+    obs, _, _, next_obs, _ = data.columns(data.packed)
+    mean, std = obs.mean(dim=0), obs.std(dim=0, correction=0) + eps  # eps, for what hardly moves [C]
+    for part in (obs, next_obs):
+        part.sub_(mean).div_(std)
+    return mean, std
+
+
 def descend(loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
     """One gradient step on the optimizer's own parameters; for no others is a gradient computed."""
     optimizer.zero_grad()
@@ -192,7 +201,7 @@ def train(args: Args) -> None:
     run = Run(args, data)
     actor = Actor(data.obs_dim, data.action_dim).to(data.device)
     critic = Critic(data.obs_dim, data.action_dim).to(data.device)
-    actor.obs_mean, actor.obs_std = data.standardize_obs()  # and the data are standardised from here on
+    actor.obs_mean, actor.obs_std = standardize_obs(data)
     actor.action_mid, actor.action_half = data.action_mid, data.action_half
     actor_target, critic_target = copy.deepcopy(actor), copy.deepcopy(critic)
 

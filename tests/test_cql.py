@@ -417,6 +417,7 @@ def test_train_moves_every_part_each_step(monkeypatch, lagrange):
     assert run.steps_that_moved("log_weight") == ([1, 2, 3] if lagrange else [])
     assert_close(run.history[0]["log_weight"], math.log(2.0))
     assert torch.equal(run.history[0]["critic"], run.history[0]["critic_target"])
+    assert not torch.equal(run.history[3]["critic"], run.history[3]["critic_target"])
 
 
 # ---- unlike SAC

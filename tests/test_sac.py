@@ -273,6 +273,7 @@ def test_train_moves_every_part_each_step(monkeypatch):
     for name in ("actor", "critic", "critic_target", "log_entropy_coef"):
         assert run.steps_that_moved(name) == [1, 2, 3]
     assert torch.equal(run.history[0]["critic"], run.history[0]["critic_target"])
+    assert not torch.equal(run.history[3]["critic"], run.history[3]["critic_target"])
     assert run.history[0]["log_entropy_coef"] == 0
 
 

@@ -237,6 +237,7 @@ def test_train_delays_actor_and_targets(monkeypatch):
         assert run.steps_that_moved(name) == [2, 4, 6, 8, 10]
     for name in ("actor", "critic"):
         assert torch.equal(run.history[0][name], run.history[0][name + "_target"])
+        assert not torch.equal(run.history[10][name], run.history[10][name + "_target"])
 
 
 # ---- units
