@@ -28,7 +28,8 @@ Differences from the paper and its official code (aviralkumar2907/CQL):
   D1 No cloning of the data in the first 40,000 actor steps [the official script does]; other reproductions do without.
   D2 Steps are taken one after the other, Q, π, α, targets, as in sac.py; the official code builds all losses first.
   D3 Weight w = 5 and no Lagrange multiplier by default, which the official README advises for these tasks; its script's
-     default is the multiplier with τ = 5. There w and the multiplier both appear; here the multiplier starts at w.
+     default is the multiplier with τ = 5. There w and the multiplier both appear, and the latter is clipped at 10⁶; here it
+     starts at w and is not clipped.
   D4 Target critics start as copies, not as other random networks; PyTorch's default initialisation.
 
 Run:     python algorithms/cql.py --env hopper-medium

@@ -6,7 +6,7 @@ Notes: Offline RL的主要问题 ⇒ Distributional Shift.
 SAC learns Q of a policy that maximises reward plus entropy, and moves the policy towards actions that Q likes. Online,
 acting on a wrong Q corrects it. Offline (`--env hopper-medium`) nothing does: the target asks Q about the policy's own
 actions, which the data never tried, an error there is chosen because it looks good, and bootstrapping feeds it back.
-That is the notes' distributional shift; watch `q_policy` leave `q_data` and the return collapse.
+That is the notes' distributional shift; watch `q_policy` run away, drag `q_data` with it, and the return collapse.
 
   (E1) ã = tanh(u), u = μ(s) + σ(s)·ε,  log π(ã|s) = Σ_i [ log N(u_i; μ_i, σ_i) − 2(log 2 − u_i − softplus(−2u_i)) ]
   (E2) y = r + γ (1 − d) ( min_k Q̄_k(s′, ã′) − α log π(ã′|s′) ),  ã′ ~ π(·|s′)
@@ -26,7 +26,8 @@ Differences from the papers and from rlkit, the code family that made D4RL's dat
 
 Run:     python algorithms/sac.py --env hopper-medium
          python algorithms/sac.py --online --env hopper
-Expect:  RESULT
+Expect:  offline, hopper-medium (the data score 44): 0.6 after 100,000 updates, seed 0, and a mean Q of 1.6e8 at the policy's
+         actions, where no return in the data exceeds 2,900: it fails as it should. 12 minutes on 2 cores; results/curves.png.
 """
 import copy
 import math
