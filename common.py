@@ -175,7 +175,7 @@ def load_dataset(name: str, device: str = "auto", discrete: bool = False) -> Dat
         check(False, f"can't read {name}: {type(error).__name__}, {error}; delete what is damaged to have it made anew")
     flat = [torch.as_tensor(np.concatenate([np.float32(part[key]) for part in parts])) for key in KEYS]
     obs, action, reward, next_obs, terminated, truncated = (x.reshape(len(x), x[:1].numel()) for x in flat)  # all (N, ·)
-    data = Dataset(name, str(parts[0]["env"]), len(obs), device, tuple(parts[0]["refs"]))
+    data = Dataset(name, str(parts[0]["env"]), len(obs), device, tuple(map(float, parts[0]["refs"])))
     check(discrete == bool(data.num_actions), f"{name} has {data.kind} actions, and this algorithm needs the other kind")
     damaged = (~torch.cat([obs, action, reward, next_obs], dim=1).isfinite()).any(dim=1).nonzero()[:, 0].tolist()
     check(len(obs) and not damaged, f"{name} is empty or damaged: not finite are the numbers of transitions {damaged[:3]}")
@@ -195,7 +195,7 @@ def write_atomically(path: Path, write: Callable) -> None:
         write(part)
         part.replace(path)
     except (OSError, RuntimeError) as error:  # torch.save calls a full disk a RuntimeError
-        part.unlink(missing_ok=True)
+        part.exists() and part.unlink()
         check(False, f"could not write {path}: {error}")
 
 
@@ -226,9 +226,10 @@ class Run:
         self.args, self.data, self.curve, self.seconds, self.stop = args, data, [], 0.0, False
         self.algorithm = Path(sys.modules[type(args).__module__].__file__).stem + variant
         self.folder = Path(args.out) / self.algorithm / args.env.removesuffix(".hdf5").replace("/", "_") / f"seed{args.seed}"
-        content, returns = data.packed.cpu().numpy().tobytes() + data.truncated.cpu().numpy().tobytes(), data.returns()
+        used, returns = int(data.size), data.returns()
+        content = data.packed[:used].cpu().numpy().tobytes() + data.truncated[:used].cpu().numpy().tobytes()
         self.dataset = dict(name=data.name, fingerprint=hashlib.blake2b(content, digest_size=8).hexdigest(),
-                            transitions=int(data.size), episodes=len(returns), return_mean=returns.mean())
+                            transitions=used, episodes=len(returns), return_mean=returns.mean())
         torch.manual_seed(args.seed)
 
     def resume(self, **state) -> int:
@@ -243,7 +244,10 @@ class Run:
                      and key not in ("resume", "out", "device", "steps")] + ["more --steps"] * (step > self.args.steps)
             check(not other, f"--resume with other settings: {', '.join(other)}; use the same or start without --resume")
             for name, part in state.items():
-                part.data.copy_(saved[name]) if isinstance(part, torch.Tensor) else part.load_state_dict(saved[name])
+                if isinstance(part, torch.Tensor):  # an online run's memory may have more room now than it had
+                    part.data.view(-1)[:saved[name].numel()].copy_(saved[name].view(-1))
+                else:
+                    part.load_state_dict(saved[name])
             for set_state, rng in zip((torch.set_rng_state, torch.cuda.set_rng_state), rngs):
                 set_state(rng.cpu())
         elif self.folder.exists():  # an earlier run of this name is kept
@@ -253,7 +257,8 @@ class Run:
         self.writer = SummaryWriter(self.folder, purge_step=step + 1)
         print(f"{self.algorithm} on {self.data.name} ({int(self.data.size):,} transitions), writes {self.folder}", flush=True)
         self.handler = signal.signal(signal.SIGINT, lambda *_: setattr(self, "stop", True))  # seen after the update under way
-        self.bar = tqdm(total=self.args.steps, initial=step, unit=" updates", mininterval=0.2 if sys.stderr.isatty() else 30)
+        self.bar = tqdm(total=self.args.steps, initial=step, unit=" updates", leave=False,
+                        mininterval=0.2 if sys.stderr.isatty() else 30)
         self.since = time.time()
         return step
 

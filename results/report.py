@@ -131,7 +131,7 @@ def plots() -> None:
         left.axhline(100 * (mean - low) / (high - low), color="black", linewidth=0.8, linestyle="--", label="the data")
         left.set(title=env, xlabel="updates", ylabel="score (10 episodes per point)")
         right.set(title="what the critic believes", xlabel="updates", ylabel="mean Q", yscale="symlog")
-        left.legend()
+        left.legend(loc="lower right", ncols=2, fontsize=8)
         right.legend()
     figure.tight_layout()
     figure.savefig(HERE / "curves.png", dpi=100)

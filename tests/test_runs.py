@@ -150,7 +150,9 @@ def test_online_sac_trains_snapshots_and_resumes(minari_root, tmp_path):
     assert (where / "snapshots" / "0000300.pt").exists()
 
 
-def test_every_bad_setting_gets_one_line(minari_root, tmp_path, monkeypatch, capsys):
+def test_every_bad_setting_gets_one_line(minari_root, tmp_path):
+    run("td3_bc", tmp_path, "--steps", "20", "--eval-every", "20")  # builds the dataset, where no test did so before
+
     def error(name, *arguments, quick=QUICK):
         lines = run(name, tmp_path, *arguments, code=2, quick=quick).stderr.strip().splitlines()
         assert len(lines) == 1 and lines[0].startswith("error: "), lines
