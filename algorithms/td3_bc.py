@@ -22,8 +22,8 @@ Differences from the paper: none known from the official code (sfujim/TD3_BC), w
   D2 (E5) averages the squared error over action dimensions [code]; the paper's eq. 4 sums.
 
 Run:     python algorithms/td3_bc.py --env hopper-medium
-Expect:  hopper-medium (the data score 44): 72.5 after 100,000 updates, seed 0, 8 minutes on 2 cores. Evaluations on the way
-         swing between 31 and 62 and the last one is the best, so read the curve too: results/curves.png.
+Expect:  hopper-medium (the data score 44): 72.5 and 54.9 after 100,000 updates, seeds 0 and 1, 7 minutes on 2 cores. On the way
+         evaluations swing between 30 and 60, so read the curve beside the score: results/curves.png.
 """
 import copy
 import math
