@@ -112,8 +112,8 @@ class Dataset:
 
     def score(self, returns) -> float | None:
         """D4RL's normalised mean return; None without reference returns."""
-        score = 100 * (float(np.mean(returns)) - self.refs[0]) / (self.refs[1] - self.refs[0])
-        return score if np.isfinite(score) else None
+        low, high = self.refs
+        return None if np.isnan(low + high) else 100 * (float(np.mean(returns)) - low) / (high - low)
 
 
 def read_minari(dataset_id: str) -> dict:

@@ -95,7 +95,7 @@ def committed() -> dict[tuple[str, str], list[dict]]:
 
 def table() -> None:
     results = committed()
-    lines = ["| dataset | algorithm | updates | seeds × episodes | score | the data | published | updates/s |",
+    lines = ["| dataset | algorithm | updates | seeds × episodes | score | the data | published | updates/s, 1 thread |",
              "|---|---|---:|---:|---:|---:|---|---:|"]
     scores = {row["name"]: row["score"] for row in json.loads((HERE / "datasets.json").read_text())}
     for (env, algorithm), runs in sorted(results.items()):
