@@ -3,6 +3,8 @@ PYTHON ?= python3
 ENV ?= hopper
 SEED ?= 0
 RUN := .venv/bin/python
+BEHAVIOR_hopper := --steps 230000 --eval-every 10000
+BEHAVIOR_pendulum := --steps 10000 --random-steps 1000 --snapshot-every 500 --eval-every 1000
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .PHONY: setup demo test lint data behavior results table plots bench
@@ -29,7 +31,7 @@ data: setup  ## build every dataset of the suite that can be built, and the card
 	$(RUN) results/report.py card
 
 behavior: setup  ## train behaviour policies online and choose the levels: make behavior ENV=hopper, resumes after a stop
-	$(ONE_THREAD) $(RUN) algorithms/sac.py --online --env $(ENV) --seed $(SEED) --eval-every 10000 \
+	$(ONE_THREAD) $(RUN) algorithms/sac.py --online --env $(ENV) --seed $(SEED) $(BEHAVIOR_$(ENV)) \
 	    $$(test -e runs/sac-online/$(ENV)/seed$(SEED)/checkpoint.pt && echo --resume)
 	$(RUN) results/behavior/choose.py $(ENV) runs/sac-online/$(ENV)/seed$(SEED)
 
