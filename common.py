@@ -179,6 +179,8 @@ def load_dataset(name: str, device: str = "auto", discrete: bool = False) -> Dat
     check(discrete == bool(data.num_actions), f"{name} has {data.kind} actions, and this algorithm needs the other kind")
     damaged = (~torch.cat([obs, action, reward, next_obs], dim=1).isfinite()).any(dim=1).nonzero()[:, 0].tolist()
     check(len(obs) and not damaged, f"{name} is empty or damaged: not finite are the numbers of transitions {damaged[:3]}")
+    check((obs.shape[1], action.shape[1]) == (data.obs_dim, data.action_dim), f"{name} has {obs.shape[1]} observed numbers and "
+          f"{action.shape[1]} actions, {data.env_id} has {data.obs_dim} and {data.action_dim}")
     action = (action - data.action_mid.cpu()) / data.action_half.cpu()
     check(discrete or action.abs().max() < 1.001, f"{name} has actions outside the bounds of {data.env_id}")
     data.packed.copy_(torch.cat([obs, action, next_obs, reward, terminated], dim=1))

@@ -1,6 +1,6 @@
 """Behaviour cloning, and of the best episodes only: BC and 10%-BC.
 
-Folklore (Pomerleau 1989). BC as a baseline of offline RL: Fu et al., "D4RL", arXiv 2004.07219; cloning the best part of
+Folklore. BC as a baseline of offline RL: Fu et al., "D4RL", arXiv 2004.07219; cloning the best part of
 the data: Chen et al., "Decision Transformer", NeurIPS 2021, arXiv 2106.01345.
 Notes: Offline RL vs. IL(模仿学习).
 

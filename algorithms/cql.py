@@ -58,7 +58,7 @@ class Args:
     # run
     env: str = "hopper-medium"  # suite dataset, Minari id or path of a D4RL .hdf5 file
     seed: int = 0  # of networks, batches and evaluation episodes
-    steps: int = 1_000_000  # gradient updates [C cql_mujoco_new.py]
+    steps: int = 1_000_000  # gradient updates [=]; the official script has 3M
     batch_size: int = 256  # transitions per update [C cql_mujoco_new.py]
     device: str = "auto"  # auto, cpu or cuda
     eval_every: int = 5_000  # updates between evaluations, and between checkpoints [=]

@@ -19,10 +19,10 @@ Shapes: B batch, S observation, A action, K = 2 critics. d is terminated: a trun
 Observations are raw, as in the papers; actions lie in [-1, 1] and the actor converts them to the environment's units.
 
 Differences from the papers and from rlkit, the code family that made D4RL's data:
-  D1 Steps are taken one after the other, Q, π, α, targets, as in the paper's Algorithm 1; rlkit builds all losses first.
+  D1 Steps are taken one after the other, Q, π, α, targets, as OfflineRL-Kit does; rlkit builds all losses first.
   D2 Target critics start as copies; rlkit's start as other random networks, which 1000 updates forget.
   D3 PyTorch's default initialisation in place of rlkit's, as CleanRL does.
-  D4 (E5) multiplies log α [rlkit], not α [the paper's eq. 18]: the same fixed point, another speed.
+  D4 (E5) multiplies log α [rlkit], not α [CleanRL, d3rlpy]: the same fixed point, another speed.
 
 Run:     python algorithms/sac.py --env hopper-medium
          python algorithms/sac.py --online --env hopper
@@ -51,7 +51,7 @@ class Args:
     # run
     env: str = "hopper-medium"  # suite dataset, Minari id or path of a D4RL .hdf5 file; with --online a body: hopper
     seed: int = 0  # of networks, batches and evaluation episodes
-    steps: int = 1_000_000  # gradient updates; online also steps in the environment [C rlkit]
+    steps: int = 1_000_000  # gradient updates; online also steps in the environment [=]
     batch_size: int = 256  # transitions per update [C rlkit]
     device: str = "auto"  # auto, cpu or cuda
     eval_every: int = 5_000  # updates between evaluations, and between checkpoints [=]

@@ -18,8 +18,8 @@ Shapes: B batch, S observation, A action, K = 2 critics. d is terminated: a trun
 Observations have mean 0 and std 1 over the data, actions lie in [-1, 1]; the actor converts from and to raw units.
 
 Differences from the paper: none known from the official code (sfujim/TD3_BC), which we follow where the two differ:
-  D1 (E4) averages |Q| over the policy's actions [code]; the paper's eq. 5 writes the data's.
-  D2 (E5) averages the squared error over action dimensions [code]; the paper's eq. 4 sums.
+  D1 (E4) averages |Q| over the policy's actions [code]; the paper's formula has the data's.
+  D2 (E5) averages the squared error over action dimensions [code]; the paper's formula sums.
 
 Run:     python algorithms/td3_bc.py --env hopper-medium
 Expect:  hopper-medium (the data score 44): 72.5 and 54.9 after 100,000 updates, seeds 0 and 1, 7 minutes on 2 cores. On the way

@@ -22,19 +22,19 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0, help="of every run")
     parser.add_argument("--only", help="run only the lines of the grid with this name")
-    parser.add_argument("--out", type=Path, default=HERE.parent / "runs", help="where the runs' folders go")
+    parser.add_argument("--out", type=Path, default=Path("runs"), help="where the runs' folders go, from the repository's root")
     options = parser.parse_args()
     for name, line in GRID:
         if options.only not in (None, name):
             continue
         script, *arguments = line.split()
         env = arguments[arguments.index("--env") + 1]
-        run = options.out / name / env / f"seed{options.seed}"
+        run = HERE.parent / options.out / name / env / f"seed{options.seed}"
         if not (run / "result.json").exists():
             resume = ["--resume"] if (run / "checkpoint.pt").exists() else []
             command = [sys.executable, str(HERE.parent / "algorithms" / script), *arguments, "--seed", str(options.seed),
                        "--out", str(options.out), *resume]
-            if code := subprocess.run(command).returncode:
+            if code := subprocess.run(command, cwd=HERE.parent).returncode:
                 sys.exit(code)
         committed = HERE / name / env / f"seed{options.seed}.json"
         committed.parent.mkdir(parents=True, exist_ok=True)

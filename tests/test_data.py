@@ -157,6 +157,8 @@ def test_every_bad_dataset_gets_one_line(root, capsys, monkeypatch):
     rewards[7] = np.nan
     assert "[7]" in load(save_d4rl(root / "world-nan.hdf5", episodes(), rewards=rewards))
     assert "outside the bounds" in load(save_d4rl(root / "world-wild.hdf5", episodes(), actions=np.full((11, 3), 1.5)))
+    shutil.copy(whole, root / "hopper-not.hdf5")
+    assert "3 observed numbers" in load(str(root / "hopper-not.hdf5"))
     nothing = {key: np.zeros((0, 3), np.float32) for key in ("observations", "next_observations", "actions")}
     nothing |= {key: np.zeros(0, np.float32) for key in ("rewards", "terminals", "timeouts")}
     assert "empty" in load(save_d4rl(root / "world-empty.hdf5", episodes(), True, **nothing))
