@@ -272,7 +272,7 @@ class Run:
             return
         values = {name: float(value) for name, value in metrics.items()}
         for name, value in values.items():
-            check(np.isfinite(value), f"{name} is {value} by step {step:,}; the last good state is {self.checkpoint}")
+            check(np.isfinite(value), f"{name} is {value} by step {step:,}; the last good state, if any, is {self.checkpoint}")
             self.writer.add_scalar(f"train/{name}", value, step)
         self.bar.set_postfix_str(" ".join(f"{name} {value:.3g}" for name, value in values.items()), refresh=False)
         if due or self.stop:
