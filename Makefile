@@ -5,6 +5,11 @@ SEED ?= 0
 RUN := .venv/bin/python
 BEHAVIOR_hopper := --steps 230000 --eval-every 10000
 BEHAVIOR_pendulum := --steps 10000 --random-steps 1000 --snapshot-every 500 --eval-every 1000
+BEHAVIOR_walker2d := --steps 1000000 --batch-size 128 --eval-every 10000
+BEHAVIOR_halfcheetah := --steps 1000000 --batch-size 128 --eval-every 10000
+BEHAVIOR_cartpole := --steps 50000 --learning-rate 2.5e-4 --batch-size 128 --target-every 500
+BEHAVIOR_acrobot := $(BEHAVIOR_cartpole)
+BEHAVIOR_RUN := $(if $(filter cartpole acrobot,$(ENV)),dqn,sac)
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .PHONY: setup demo test lint data behavior results table plots bench
@@ -31,9 +36,9 @@ data: setup  ## build every dataset of the suite that can be built, and the card
 	$(RUN) results/report.py card
 
 behavior: setup  ## train behaviour policies online and choose the levels: make behavior ENV=hopper, resumes after a stop
-	$(ONE_THREAD) $(RUN) algorithms/sac.py --online --env $(ENV) --seed $(SEED) $(BEHAVIOR_$(ENV)) \
-	    $$(test -e runs/sac-online/$(ENV)/seed$(SEED)/checkpoint.pt && echo --resume)
-	$(RUN) results/behavior/choose.py $(ENV) runs/sac-online/$(ENV)/seed$(SEED)
+	$(ONE_THREAD) $(RUN) algorithms/$(BEHAVIOR_RUN).py --online --env $(ENV) --seed $(SEED) $(BEHAVIOR_$(ENV)) \
+	    $$(test -e runs/$(BEHAVIOR_RUN)-online/$(ENV)/seed$(SEED)/checkpoint.pt && echo --resume)
+	$(RUN) results/behavior/choose.py $(ENV) runs/$(BEHAVIOR_RUN)-online/$(ENV)/seed$(SEED)
 
 results: setup  ## the committed results: make results SEED=0, resumes after a stop
 	$(RUN) results/grid.py --seed $(SEED)

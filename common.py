@@ -24,12 +24,15 @@ import torch
 from tqdm import tqdm
 
 LEVELS = ("random", "medium", "medium-replay", "medium-expert", "expert")
-SUITE = {  # body: environment, and the returns that score 0 and 100: D4RL's; of pendulum ours, a random and a good policy's
+SUITE = {  # body: environment, and the returns that score 0 and 100: D4RL's; else ours, a random and a good policy's
     "hopper": ("Hopper-v5", -20.272305, 3234.3),
     "walker2d": ("Walker2d-v5", 1.629008, 4592.3),
     "halfcheetah": ("HalfCheetah-v5", -280.178953, 12135.0),
     "pendulum": ("Pendulum-v1", -1200.0, -150.0),
+    "cartpole": ("CartPole-v1", 22.0, 500.0),
+    "acrobot": ("Acrobot-v1", -500.0, -80.0),
 }
+NAMES = [f"{body}-{level}" for body in SUITE for level in LEVELS] + ["cartpole-replay", "acrobot-replay"]
 KEYS = ("obs", "action", "reward", "next_obs", "terminated", "truncated")
 if hasattr(libc := ctypes.CDLL(None), "mallopt"):  # glibc: keep freed memory; asking the kernel anew costs CQL a quarter
     libc.mallopt(-1, 2**31 - 1), libc.mallopt(-3, 2**30)  # of its speed; M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
@@ -84,7 +87,7 @@ class Dataset:
         low, high = np.float32([[-1], [1]]) if discrete else (env.action_space.low, env.action_space.high)
         self.name, self.env_id, self.refs = name, env_id, refs  # refs: the returns that score 0 and 100, or NaN
         self.num_actions, self.kind = (int(env.action_space.n), "discrete") if discrete else (None, "continuous")
-        self.obs_dim, self.action_dim = env.observation_space.shape[0], len(low)
+        self.obs_dim, self.action_dim = int(np.prod(env.observation_space.shape)), len(low)
         self.action_mid = torch.as_tensor((low + high) / 2, device=self.device)  # (A,) the environment's action is
         self.action_half = torch.as_tensor((high - low) / 2, device=self.device)  # mid + half * action
         self.packed = torch.zeros(capacity, 2 * self.obs_dim + self.action_dim + 2, device=self.device)  # see columns
@@ -163,12 +166,11 @@ def read_d4rl(path: Path) -> dict:
 
 def load_dataset(name: str, device: str = "auto", discrete: bool = False) -> Dataset:
     """A suite name (hopper-medium; built when absent), a Minari id (has a slash) or the path of a D4RL .hdf5 file."""
-    names = [f"{body}-{level}" for body in SUITE for level in LEVELS]
-    near = ", ".join(difflib.get_close_matches(name, names, 3, 0))
-    check(name in names or "/" in name or name.endswith(".hdf5"), f"unknown dataset '{name}'; near are {near}")
+    near = ", ".join(difflib.get_close_matches(name, NAMES, 3, 0))
+    check(name in NAMES or "/" in name or name.endswith(".hdf5"), f"unknown dataset '{name}'; near are {near}")
     body, _, level = name.partition("-")
     levels = ("medium", "expert") if level == "medium-expert" else (level,)
-    ids = [f"local/{body}/{level}-v0" for level in levels] if name in names else [name]
+    ids = [f"local/{body}/{level}-v0" for level in levels] if name in NAMES else [name]
     try:
         parts = [read_d4rl(Path(i).expanduser()) if i.endswith(".hdf5") else read_minari(i) for i in ids]
     except Exception as error:  # whatever a network, a damaged file, exotic spaces or a lacking environment may have
@@ -291,7 +293,8 @@ class Run:
     def _evaluate(self, act: Callable, label: str, episodes: int, seed: int) -> tuple[list[float], float | None]:
         returns = evaluate(act, self.data.env_id, episodes, 10**6 * seed, self.data.device)
         score = self.data.score(returns)
-        self.bar.write(f"{label:<15} return {returns.mean():8.1f} ± {returns.std():6.1f}   score {score or np.nan:6.1f}")
+        shown = "none" if score is None else f"{score:.1f}"
+        self.bar.write(f"{label:<15} return {returns.mean():8.1f} ± {returns.std():6.1f}   score {shown:>6}")
         return returns.tolist(), score
 
     def finish(self, actor: torch.nn.Module) -> None:
@@ -306,6 +309,7 @@ class Run:
                       dataset=self.dataset, env_id=data.env_id, hardware=f"{chip}, {torch.get_num_threads()} threads",
                       versions=dict(torch=torch.__version__, numpy=np.__version__, gymnasium=gym.__version__), curve=self.curve,
                       seconds=self.seconds, updates_per_second=args.steps / self.seconds, final_returns=returns, score=score)
-        policy = dict(algorithm=self.algorithm, env_id=data.env_id, obs_dim=data.obs_dim, action_dim=data.action_dim)
+        policy = dict(algorithm=self.algorithm, env_id=data.env_id, obs_dim=data.obs_dim,
+                      action_dim=data.num_actions or data.action_dim)
         write_atomically(self.folder / "policy.pt", lambda part: torch.save(policy | dict(actor=actor.state_dict()), part))
         write_atomically(self.folder / "result.json", lambda part: part.write_text(json.dumps(result, indent=1)))

@@ -229,6 +229,7 @@ def train(args: Args) -> None:
     if args.online:
         check(args.env in SUITE, f"--online takes a body, one of {', '.join(SUITE)}, not '{args.env}'")
         data = Dataset(args.env, SUITE[args.env][0], args.steps, args.device, SUITE[args.env][1:])
+        check(not data.num_actions, f"{args.env} has discrete actions, this algorithm needs the other kind; try dqn.py")
     else:
         data = load_dataset(args.env, args.device)
     run = Run(args, data, variant="-online" if args.online else "")

@@ -18,7 +18,7 @@ import matplotlib.pyplot as plt
 from minari.storage import get_dataset_path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]  # lets this file find common.py
-from common import LEVELS, SUITE, check, load_dataset
+from common import NAMES, SUITE, check, load_dataset
 
 HERE = Path(__file__).resolve().parent
 README = HERE.parent / "README.md"
@@ -46,7 +46,7 @@ def write_readme(section: str, lines: list[str]) -> None:
 
 def card() -> None:
     rows, samples = [], {}
-    for name in (f"{body}-{level}" for body in SUITE for level in LEVELS):
+    for name in sorted(NAMES, key=lambda name: list(SUITE).index(name.split("-")[0])):
         body, level = name.split("-", 1)
         parts = ("medium", "expert") if level == "medium-expert" else (level,)
         folders = [get_dataset_path(f"local/{body}/{part}-v0") for part in parts]
@@ -74,7 +74,7 @@ def card() -> None:
     figure, axes = plt.subplots(len(bodies), 1, figsize=(8, 2.6 * len(bodies)), squeeze=False)
     for body, axis in zip(bodies, axes[:, 0]):
         bins = np.histogram_bin_edges(np.concatenate([r for n, r in samples.items() if n.startswith(body)]), 60)
-        for level in ("random", "medium-replay", "medium", "expert"):
+        for level in ("replay", "random", "medium-replay", "medium", "expert"):
             if (returns := samples.get(f"{body}-{level}")) is not None:
                 share = np.full(len(returns), 100 / len(returns))
                 axis.hist(returns, bins, weights=share, histtype="stepfilled", alpha=0.45, label=level)

@@ -1,7 +1,8 @@
 """make bench: for each algorithm updates/s, GFLOP per update, and the share of this machine's own matrix-product rate.
 
 The rate is that of a (B, 256) x (256, 256) product, the one that fills an update with the usual networks; B is 256, as in a
-batch. Updates run on random data of hopper's shape (11 observations, 3 actions), so nothing has to be built.
+batch. Updates run on random data of hopper's shape (11 observations, 3 actions), for discrete actions of cartpole's, so nothing
+has to be built.
 """
 import argparse
 import importlib
@@ -17,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "algorithms")]
 import common
 
-ALGORITHMS = ("bc", "td3_bc", "sac", "cql")
+ALGORITHMS = ("bc", "td3_bc", "sac", "cql", "dqn", "rem")
 
 
 class Enough(Exception):
@@ -25,8 +26,10 @@ class Enough(Exception):
 
 
 def random_data(name: str, device: str, discrete: bool = False) -> common.Dataset:
-    data = common.Dataset("random numbers", "Hopper-v5", 100_000, device, (0.0, 1.0))
+    data = common.Dataset("random numbers", "CartPole-v1" if discrete else "Hopper-v5", 100_000, device, (0.0, 1.0))
     data.packed.normal_().clamp_(-1, 1)
+    if discrete:
+        data.packed[:, data.obs_dim] = (data.packed[:, data.obs_dim] > 0).float()
     data.packed[:, -1] = 0
     data.truncated[999::1000] = True
     data.size.fill_(len(data.packed))

@@ -110,6 +110,18 @@ def tiny_data(n: int = 12, action_dim: int = 2) -> Dataset:
     return data
 
 
+def tiny_discrete_data(n: int = 12, obs_dim: int = 3, num_actions: int = 3) -> Dataset:
+    """As tiny_data, with numbered actions; Acrobot lends its three."""
+    data = Dataset("tiny", "Acrobot-v1", n, "cpu", (0.0, 1.0))
+    data.obs_dim, data.num_actions = obs_dim, num_actions
+    batch = tiny_batch([float(i == 3) for i in range(n)], obs_dim=obs_dim)
+    scalars = torch.stack([batch.reward, batch.terminated], dim=1)
+    data.packed = torch.cat([batch.obs, torch.randint(num_actions, (n, 1)), batch.next_obs, scalars], dim=1)
+    data.truncated[7::4] = True
+    data.size.fill_(n)
+    return data
+
+
 def flat(net: nn.Module) -> torch.Tensor:
     """All parameters of a network in one vector, copied."""
     return torch.cat([parameter.detach().flatten() for parameter in net.parameters()])
@@ -159,6 +171,6 @@ class SilentRun:
 def silent_train(monkeypatch, algorithm, data, **args) -> SilentRun:
     """`train` of an algorithm's file on this dataset, without a folder."""
     monkeypatch.setattr(algorithm, "Run", SilentRun)
-    monkeypatch.setattr(algorithm, "load_dataset", lambda *_: data)
+    monkeypatch.setattr(algorithm, "load_dataset", lambda *_, **__: data)
     algorithm.train(algorithm.Args(**args))
     return SilentRun.last

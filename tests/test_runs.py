@@ -1,4 +1,5 @@
 """Whole runs, as a user starts them: they learn, resume bit for bit, save policies that act, and refuse bad settings."""
+import importlib
 import json
 import os
 import shutil
@@ -6,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,9 +16,10 @@ from conftest import ROOT
 
 import common
 
-ALGORITHMS = ("bc", "td3_bc", "sac", "cql")
+ALGORITHMS = [path.stem for path in sorted((ROOT / "algorithms").glob("*.py"))]
+ENV = {"dqn": "cartpole-medium", "rem": "cartpole-medium"}  # the others run on pendulum-medium
+SMALL = {"cql": dict(num_samples=2, batch_size=32)}  # where a default batch takes a test's time
 QUICK = ["--env", "pendulum-medium", "--eval-episodes", "2", "--final-episodes", "2", "--device", "cpu"]
-TINY = {"cql": ["--num-samples", "2", "--batch-size", "32"]}
 
 
 @pytest.fixture(scope="session")
@@ -29,7 +32,7 @@ def minari_root(tmp_path_factory):
 
 
 def command(name: str, out, *arguments: str, quick=QUICK) -> list[str]:
-    return [sys.executable, str(ROOT / "algorithms" / f"{name}.py"), *quick, *TINY.get(name, []), "--out", str(out), *arguments]
+    return [sys.executable, str(ROOT / "algorithms" / f"{name}.py"), *quick, "--out", str(out), *arguments]
 
 
 def run(name: str, out, *arguments: str, code: int = 0, **options) -> subprocess.CompletedProcess:
@@ -48,27 +51,68 @@ def policy(name: str, out, env: str = "pendulum-medium") -> dict:
     return torch.load(folder(name, out, env) / "policy.pt", weights_only=True)
 
 
+class Interrupted(Exception):
+    """Raised in the middle of a run."""
+
+
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_a_killed_run_resumes_to_the_same_policy_bit_for_bit(name, minari_root, tmp_path):
+def test_a_run_goes_on_bit_for_bit_and_its_policy_acts_on_raw_observations(name, minari_root, tmp_path, monkeypatch):
+    """Uninterrupted, and interrupted between two checkpoints and resumed: the same numbers everywhere. Then policy.pt alone
+    rebuilds the policy that was evaluated: same final returns, in the environment's own units."""
+    module, env, step = importlib.import_module(name), ENV.get(name, "pendulum-medium"), common.Run.step
+    args = module.Args(env=env, steps=200, eval_every=80, eval_episodes=1, final_episodes=2, device="cpu",
+                       out=str(tmp_path / "a"), **SMALL.get(name, {}))
+    module.train(args)
+
+    def interrupted_step(run, number, *rest):
+        step(run, number, *rest)
+        if number == 90:
+            raise Interrupted
+
+    monkeypatch.setattr(common.Run, "step", interrupted_step)
+    with pytest.raises(Interrupted):
+        module.train(replace(args, out=str(tmp_path / "b")))
+    monkeypatch.setattr(common.Run, "step", step)
+    module.train(replace(args, out=str(tmp_path / "b"), resume=True))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the interrupted run could not
+
+    first, second = (next((tmp_path / letter).glob(f"*/{env}/seed0")) for letter in "ab")
+    weights, resumed = (torch.load(path / "policy.pt", weights_only=True)["actor"] for path in (first, second))
+    assert weights.keys() == resumed.keys() and all(torch.equal(weights[key], resumed[key]) for key in weights)
+    result, again = (json.loads((path / "result.json").read_text()) for path in (first, second))
+    assert all(result[key] == again[key] for key in ("final_returns", "curve", "dataset", "score"))
+    assert [point["step"] for point in result["curve"]] == [80, 160, 200]
+
+    saved = torch.load(first / "policy.pt", weights_only=True)
+    actor = getattr(module, "Actor", getattr(module, "QNetwork", None))(saved["obs_dim"], saved["action_dim"])
+    actor.load_state_dict(saved["actor"])
+    torch.manual_seed(0)
+    returns = common.evaluate(actor.act, saved["env_id"], 2, 10**6 * 1000)
+    np.testing.assert_allclose(returns, result["final_returns"], rtol=1e-5)
+    for key in ("algorithm env seed steps args dataset env_id versions hardware curve final_returns score seconds "
+                "updates_per_second").split():
+        assert key in result
+    for key in ("name", "fingerprint", "transitions", "episodes", "return_mean"):
+        assert result["dataset"][key]
+    assert list(first.glob("events*"))
+
+
+def test_a_killed_run_resumes_to_the_same_policy_bit_for_bit(minari_root, tmp_path):
     """kill -9 after the first checkpoint; then --resume. An uninterrupted run must end with the same numbers everywhere."""
     plan = ["--steps", "240", "--eval-every", "80"]
-    run(name, tmp_path, *plan)
-    expected = policy(name, tmp_path)["actor"]
-    shutil.move(folder(name, tmp_path), tmp_path / "uninterrupted")
-    killed = subprocess.Popen(command(name, tmp_path, *plan), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not (folder(name, tmp_path) / "checkpoint.pt").exists():
+    assert "score" in run("td3_bc", tmp_path, *plan).stdout
+    expected = policy("td3_bc", tmp_path)["actor"]
+    shutil.move(folder("td3_bc", tmp_path), tmp_path / "uninterrupted")
+    killed = subprocess.Popen(command("td3_bc", tmp_path, *plan), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (folder("td3_bc", tmp_path) / "checkpoint.pt").exists():
         assert killed.poll() is None
         time.sleep(0.01)
     killed.kill()
     killed.wait()
-    assert not (folder(name, tmp_path) / "result.json").exists()
-    run(name, tmp_path, *plan, "--resume")
-    resumed = policy(name, tmp_path)["actor"]
+    assert not (folder("td3_bc", tmp_path) / "result.json").exists()
+    run("td3_bc", tmp_path, *plan, "--resume")
+    resumed = policy("td3_bc", tmp_path)["actor"]
     assert expected.keys() == resumed.keys() and all(torch.equal(expected[key], resumed[key]) for key in expected)
-    results = [json.loads((path / "result.json").read_text()) for path in (folder(name, tmp_path), tmp_path / "uninterrupted")]
-    assert results[0]["final_returns"] == results[1]["final_returns"]
-    assert results[0]["curve"] == results[1]["curve"]
-    assert results[0]["dataset"]["fingerprint"] == results[1]["dataset"]["fingerprint"]
 
 
 def test_ctrl_c_leaves_a_checkpoint(minari_root, tmp_path):
@@ -82,24 +126,6 @@ def test_ctrl_c_leaves_a_checkpoint(minari_root, tmp_path):
     assert "--resume goes on from there" in error and "Traceback" not in error
     saved = torch.load(folder("bc", tmp_path) / "checkpoint.pt", weights_only=True)
     assert 0 < saved["step"] < 1_000_000
-
-
-@pytest.mark.parametrize("name", ALGORITHMS)
-def test_a_saved_policy_acts_on_raw_observations(name, minari_root, tmp_path):
-    """policy.pt alone rebuilds the policy that was evaluated: same final returns, in the environment's own units."""
-    done = run(name, tmp_path, "--steps", "60", "--eval-every", "60")
-    result = json.loads((folder(name, tmp_path) / "result.json").read_text())
-    saved = policy(name, tmp_path)
-    actor = __import__(name).Actor(saved["obs_dim"], saved["action_dim"])
-    actor.load_state_dict(saved["actor"])
-    returns = common.evaluate(actor.act, saved["env_id"], 2, 10**6 * 1000)
-    np.testing.assert_allclose(returns, result["final_returns"], rtol=1e-5)
-    assert "score" in done.stdout and list(folder(name, tmp_path).glob("events*"))
-    for key in ("algorithm env seed steps args dataset env_id versions hardware curve final_returns score seconds "
-                "updates_per_second").split():
-        assert key in result
-    for key in ("name", "fingerprint", "transitions", "episodes", "return_mean"):
-        assert result["dataset"][key]
 
 
 def test_the_actor_uses_the_bounds_and_the_statistics_of_the_data():
@@ -137,6 +163,21 @@ def test_cql_beats_the_data(minari_root, tmp_path):
     assert cql > data + 50, (cql, data)
 
 
+def test_offline_dqn_learns_from_a_replayed_run(minari_root, tmp_path):
+    """cartpole-replay holds everything from falling at once to balancing; the policy learnt from it balances far longer."""
+    dqn, data = final_return("dqn", tmp_path, "cartpole-replay", "--steps", "15000")
+    assert dqn > data + 50, (dqn, data)
+
+
+def test_online_dqn_trains_and_snapshots(minari_root, tmp_path):
+    plan = ["--online", "--random-steps", "100", "--snapshot-every", "100", "--eval-every", "150", "--steps", "300"]
+    run("dqn", tmp_path, *plan, quick=["--env", "cartpole", "--eval-episodes", "1", "--final-episodes", "1", "--device", "cpu"])
+    where = folder("dqn-online", tmp_path, "cartpole")
+    checkpoint = torch.load(where / "checkpoint.pt", weights_only=True)
+    assert int(checkpoint["size"]) == 300 and set(checkpoint["packed"][:, 4].tolist()) == {0, 1}
+    assert 0.9 < torch.load(where / "snapshots" / "0000300.pt", weights_only=True)["epsilon"] < 1
+
+
 def test_online_sac_trains_snapshots_and_resumes(minari_root, tmp_path):
     plan = ["--online", "--random-steps", "100", "--snapshot-every", "100", "--eval-every", "150"]
     quick = ["--env", "pendulum", "--eval-episodes", "1", "--final-episodes", "1", "--device", "cpu"]
@@ -163,6 +204,9 @@ def test_every_bad_setting_gets_one_line(minari_root, tmp_path):
     assert "there is no" in error("bc", "--steps", "10", "--resume")
     assert "--top-fraction" in error("bc", "--top-fraction", "0")
     assert "a body" in error("sac", "--online", quick=["--env", "hopper-medium"])
+    assert "discrete actions" in error("sac", "--online", quick=["--env", "cartpole"])
+    assert "continuous actions" in error("dqn", "--online", quick=["--env", "pendulum"])
+    assert "continuous actions" in error("dqn")
     run("bc", tmp_path, "--steps", "20", "--eval-every", "20")
     assert "actor_lr was 0.0003" in error("bc", "--steps", "20", "--eval-every", "20", "--actor-lr", "1e-3", "--resume")
     assert "more --steps" in error("bc", "--steps", "10", "--eval-every", "20", "--resume")

@@ -6,7 +6,8 @@ Each snapshot plays stochastically, as it will when it collects data, with its w
 are stored. `medium` is the first snapshot whose mean return is within 5% of D4RL v2's, `expert` the one that comes nearest
 to it: so more training can only improve the expert, and leaves the other levels as they were. `medium-replay` mixes
 snapshots evenly spaced over a stretch of training that ends at or before medium: of all stretches, the one whose mixture,
-with the same number of transitions from each snapshot, comes nearest to D4RL v2's mean return.
+with the same number of transitions from each snapshot, comes nearest to D4RL v2's mean return. The discrete bodies also have
+`replay`: snapshots evenly spaced over the whole run, each with the ε of its time.
 """
 import json
 import sys
@@ -18,23 +19,27 @@ from tqdm import tqdm
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent.parent)]  # lets this file find common.py
 from collect import HERE, behavior_policy
-from common import SUITE, check, evaluate
+from common import NAMES, SUITE, check, evaluate
 
-TARGET = {  # mean returns of D4RL v2; of pendulum, ours
+TARGET = {  # mean returns of D4RL v2; of the others, ours
     "hopper": {"medium": 1422.06, "medium-replay": 467.30, "expert": 3511.36},
     "walker2d": {"medium": 2852.09, "medium-replay": 682.70, "expert": 4920.51},
     "halfcheetah": {"medium": 4770.33, "medium-replay": 3093.29, "expert": 10656.43},
     "pendulum": {"medium": -400.0, "medium-replay": -1000.0, "expert": -150.0},
+    "cartpole": {"medium": 200.0, "medium-replay": 60.0, "expert": 500.0},
+    "acrobot": {"medium": -200.0, "medium-replay": -400.0, "expert": -80.0},
 }
 MIXED = 9  # snapshots in medium-replay; with medium and expert the file stays below 2 MB
+REPLAYED = 25  # snapshots in the discrete bodies' replay, whose networks are small
 EPISODES = 40
 
 
 def pack(paths: list[Path]) -> dict[str, np.ndarray]:
-    """Actors of sac.py as arrays weight<i> (P, out, in) and bias<i> (P, out)."""
-    actors = [torch.load(path, weights_only=True) for path in paths]
-    return {f"{kind}{i}": np.stack([np.float16(actor[f"net.{2 * i}.{kind}"]) for actor in actors])
-            for i in range(3) for kind in ("weight", "bias")}
+    """Networks of sac.py or dqn.py as arrays weight<i> (P, out, in) and bias<i> (P, out), and the ε (P,) of dqn.py's."""
+    saved = [torch.load(path, weights_only=True) for path in paths]
+    networks = {f"{kind}{i}": np.stack([np.float16(one[f"net.{2 * i}.{kind}"]) for one in saved])
+                for i in range(3) for kind in ("weight", "bias")}
+    return networks | ({"epsilon": np.array([float(one["epsilon"]) for one in saved])} if "epsilon" in saved[0] else {})
 
 
 def choose(returns: np.ndarray, lengths: np.ndarray, target: dict[str, float]) -> dict[str, list[int]]:
@@ -70,6 +75,8 @@ def main(body: str, run: Path) -> None:
     everything.unlink()
     means, stds, lengths = np.array(played).T
     levels = choose(means, lengths, TARGET[body])
+    if f"{body}-replay" in NAMES:
+        levels["replay"] = np.linspace(0, len(paths) - 1, REPLAYED).round().astype(int).tolist()
     kept = sorted({i for chosen in levels.values() for i in chosen})
     steps = [int(paths[i].stem) for i in kept]
     np.savez_compressed(HERE / f"{body}.npz", **pack([paths[i] for i in kept]), steps=steps, returns=means[kept],

@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -37,26 +38,37 @@ TRANSITIONS = {  # as D4RL v2 has them; of random, whose episodes are tiny, a fi
     "walker2d": {"random": 200_000, "medium": 1_000_000, "medium-replay": 302_000, "expert": 1_000_000},
     "halfcheetah": {"random": 200_000, "medium": 1_000_000, "medium-replay": 202_000, "expert": 1_000_000},
     "pendulum": {"random": 20_000, "medium": 20_000, "medium-replay": 20_000, "expert": 20_000},
+    "cartpole": {"random": 50_000, "medium": 50_000, "medium-replay": 50_000, "expert": 50_000, "replay": 50_000},
+    "acrobot": {"random": 50_000, "medium": 50_000, "medium-replay": 50_000, "expert": 50_000, "replay": 50_000},
 }
 SHARE = 25_000  # transitions at most that one job collects
 
 
 def behavior_policy(path: Path, body: str, snapshot: int | None, seed: int):
-    """A stochastic act(obs): snapshot number `snapshot` of the file, or uniform actions for None."""
+    """A stochastic act(obs): snapshot number `snapshot` of the file as it explored then, or uniform actions for None."""
     generator = torch.Generator().manual_seed(seed)
     space = make_env(SUITE[body][0]).action_space
-    mid, half = torch.as_tensor((space.high + space.low) / 2), torch.as_tensor((space.high - space.low) / 2)
+    if discrete := not space.shape:
+        uniform = partial(torch.randint, int(space.n), generator=generator)  # one number per row
+    else:
+        mid, half = torch.as_tensor((space.high + space.low) / 2), torch.as_tensor((space.high - space.low) / 2)
     if snapshot is None:
-        return lambda obs: mid + half * (2 * torch.rand(len(obs), len(mid), generator=generator) - 1)
+        return lambda obs: (uniform((len(obs),)) if discrete
+                            else mid + half * (2 * torch.rand(len(obs), len(mid), generator=generator) - 1))
     with np.load(path) as saved:  # weight<i> (P, out, in) and bias<i> (P, out), float16, P snapshots
         layers = [[torch.as_tensor(np.float32(saved[f"{kind}{i}"][snapshot])) for kind in ("weight", "bias")] for i in range(3)]
+        epsilon = float(saved["epsilon"][snapshot]) if discrete else None
 
     def act(obs: Tensor) -> Tensor:
         for weight, bias in layers[:-1]:
             obs = torch.relu(torch.nn.functional.linear(obs, weight, bias))
-        mean, log_std = torch.nn.functional.linear(obs, *layers[-1]).chunk(2, dim=-1)
+        out = torch.nn.functional.linear(obs, *layers[-1])
+        if discrete:  # the policy of algorithms/dqn.py
+            explore = torch.rand(len(obs), generator=generator) < epsilon
+            return torch.where(explore, uniform((len(obs),)), out.argmax(dim=1))
+        mean, log_std = out.chunk(2, dim=-1)  # the policy of algorithms/sac.py
         noise = torch.randn(mean.shape, generator=generator)
-        return mid + half * torch.tanh(mean + log_std.clamp(-20, 2).exp() * noise)  # the policy of algorithms/sac.py
+        return mid + half * torch.tanh(mean + log_std.clamp(-20, 2).exp() * noise)
 
     return act
 
@@ -99,7 +111,8 @@ def collect(body: str, level: str, total: int) -> list[EpisodeBuffer]:
             snapshots = json.loads(str(saved["levels"]))[level]
     quota = total / len(snapshots)  # transitions, not episodes, per policy: as time passes in a replay buffer
     shares = int(np.ceil(max(2, quota / SHARE)))
-    jobs = [(body, snapshot, int(np.ceil(quota / shares)), 10**9 + LEVELS.index(level) * 10**8 + (i * shares + j) * 10**5)
+    seed = 10**9 + (*LEVELS, "replay").index(level) * 10**8
+    jobs = [(body, snapshot, int(np.ceil(quota / shares)), seed + (i * shares + j) * 10**5)
             for i, snapshot in enumerate(snapshots) for j in range(shares)]
     episodes, workers = [], min(os.cpu_count() or 1, len(jobs))
     with (multiprocessing.get_context("spawn").Pool(workers, follow, (os.getpid(),)) as pool,
@@ -119,13 +132,14 @@ def build(body: str, level: str, total: int | None = None) -> None:
     for stale in root.glob(".building-*"):  # of a build that was killed while it wrote, which takes a minute
         if time.time() - stale.stat().st_mtime > 3600:
             shutil.rmtree(stale, ignore_errors=True)
-    began = time.time()
+    began, (env_id, low, high) = time.time(), SUITE[body]
     episodes = collect(body, level, total or TRANSITIONS[body][level])
     try:
         with patch.dict(os.environ, MINARI_DATASETS_PATH=str(staging)), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Minari would like an author, a permalink, ...
-            minari.create_dataset_from_buffers(dataset_id, episodes, env=make_env(SUITE[body][0]), algorithm_name="SAC",
-                                               ref_min_score=SUITE[body][1], ref_max_score=SUITE[body][2])
+            algorithm = "SAC" if make_env(env_id).action_space.shape else "DQN"
+            minari.create_dataset_from_buffers(dataset_id, episodes, env=make_env(env_id), algorithm_name=algorithm,
+                                               ref_min_score=low, ref_max_score=high)
             read_minari(dataset_id)  # leaves its flat cache beside it
         (staging / dataset_id / "build_seconds").write_text(f"{time.time() - began:.0f}")
         for folder in ("local", f"local/{body}"):
@@ -140,7 +154,7 @@ def build(body: str, level: str, total: int | None = None) -> None:
 
 
 if __name__ == "__main__":
-    names = [f"{body}-{level}" for body in SUITE for level in LEVELS if level != "medium-expert"]
+    names = [f"{body}-{level}" for body, levels in TRANSITIONS.items() for level in levels]
     name, total = (*sys.argv[1:], "", None)[:2]
     name = name.removeprefix("local/").removesuffix("-v0").replace("/", "-")
     check(name in (*names, "all"), f"usage: collect.py NAME, of {', '.join(names)} or all; or NAME TRANSITIONS")
