@@ -291,7 +291,8 @@ class Run:
             self.since = time.time()  # evaluations do not count in updates per second
 
     def _evaluate(self, act: Callable, label: str, episodes: int, seed: int) -> tuple[list[float], float | None]:
-        returns = evaluate(act, self.data.env_id, episodes, 10**6 * seed, self.data.device)
+        record = getattr(act, "record", None)  # a policy with a memory has one, to see rewards
+        returns = evaluate(act, self.data.env_id, episodes, 10**6 * seed, self.data.device, record)
         score = self.data.score(returns)
         shown = "none" if score is None else f"{score:.1f}"
         self.bar.write(f"{label:<15} return {returns.mean():8.1f} ± {returns.std():6.1f}   score {shown:>6}")

@@ -11,24 +11,30 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+MUJOCO = [f"{body}-{level}" for body in ("hopper", "walker2d", "halfcheetah") for level in ("medium", "medium-replay")]
+DISCRETE = ("cartpole-replay", "cartpole-medium", "acrobot-replay", "acrobot-medium")
 GRID = [  # (name, script and its arguments)
-    ("bc", "bc.py --env hopper-medium --steps 100000"),
+    *[("bc", f"bc.py --env {env} --steps 100000") for env in MUJOCO],
     ("td3_bc", "td3_bc.py --env hopper-medium --steps 100000"),
     ("sac", "sac.py --env hopper-medium --steps 100000"),
     ("cql", "cql.py --env hopper-medium --steps 20000 --eval-every 1000"),  # as many as an hour on one core allows
+    *[("dqn", f"dqn.py --env {env}") for env in DISCRETE],
+    *[("rem-ensemble", f"rem.py --env {env} --ensemble") for env in DISCRETE],
+    *[("rem", f"rem.py --env {env}") for env in DISCRETE],
 ]
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0, help="of every run")
     parser.add_argument("--only", help="run only the lines of the grid with this name")
+    parser.add_argument("--env", help="run only the lines of the grid on this dataset")
     parser.add_argument("--out", type=Path, default=Path("runs"), help="where the runs' folders go, from the repository's root")
     options = parser.parse_args()
     for name, line in GRID:
-        if options.only not in (None, name):
-            continue
         script, *arguments = line.split()
         env = arguments[arguments.index("--env") + 1]
+        if options.only not in (None, name) or options.env not in (None, env):
+            continue
         run = HERE.parent / options.out / name / env / f"seed{options.seed}"
         if not (run / "result.json").exists():
             resume = ["--resume"] if (run / "checkpoint.pt").exists() else []

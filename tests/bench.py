@@ -18,7 +18,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "algorithms")]
 import common
 
-ALGORITHMS = ("bc", "td3_bc", "sac", "cql", "dqn", "rem")
+ALGORITHMS = ("bc", "td3_bc", "rebrac", "iql", "awac", "crr", "awr", "bcq", "plas", "bear", "brac", "sac", "cql", "edac", "dqn",
+              "rem")
+STAGES = {"brac": dict(behavior_steps=1, warm_start_steps=0), "plas": dict(vae_steps=1), "bear": dict(warm_up_steps=0),
+          "awr": dict(value_steps=1, actor_steps=10**9)}  # what comes before the updates that count, kept short
 
 
 class Enough(Exception):
@@ -66,7 +69,7 @@ def measure(name: str, device: str, seconds: float) -> tuple[float, float]:
                 seen["rate"] = (number - warm_up) / elapsed
                 raise Enough
 
-    arguments = module.Args(device=device, out="/nonexistent")
+    arguments = module.Args(device=device, out="/nonexistent", **STAGES.get(name, {}))
     with patch.object(module, "load_dataset", random_data), patch.object(common.Run, "step", step), \
             patch.object(common.Run, "resume", lambda self, **state: 0), patch.object(module, "update", counted):
         try:

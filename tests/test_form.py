@@ -9,18 +9,19 @@ import pytest
 from conftest import ROOT
 
 FILES = sorted((ROOT / "algorithms").glob("*.py"))
-ALLOWED = {  # (file, definition): why it differs from the same name elsewhere; of the names not listed, all are equal
-    ("sac", "Actor"): "a Gaussian before tanh, on raw observations",
-    ("cql", "Actor"): "as sac's",
-    ("sac", "critic_loss"): "as td3_bc's", ("td3_bc", "critic_loss"): "(E3), the plain squared error",
-    ("cql", "critic_loss"): "with the conservative term",
-    ("dqn", "critic_loss"): "Huber, one network", ("dqn", "td_target"): "the best of numbered actions",
-    ("rem", "critic_loss"): "Huber, combinations of heads", ("rem", "td_target"): "of combinations of heads",
-    ("rem", "QNetwork"): "K heads", ("dqn", "QNetwork"): "one head",
-    ("dqn", "interact"): "numbered actions, ε-greedy", ("sac", "interact"): "continuous actions",
-    ("td3_bc", "actor_loss"): "DDPG's with cloning", ("bc", "actor_loss"): "cloning alone",
-    ("sac", "actor_loss"): "with entropy", ("cql", "actor_loss"): "as sac's",
-    ("td3_bc", "td_target"): "smoothed target action", ("cql", "td_target"): "a sampled action, no entropy",
+SAC = {"sac", "cql", "edac", "mopo", "morel", "combo"}
+FAMILIES = {  # definitions that belong to the algorithm: which files share one form of it. Files not named have their own form.
+    "Actor": [SAC, {"bc", "td3_bc"}, {"bear", "uwac"}, {"crr", "iql"}],
+    "Critic": [SAC | {"algae_dice", "awac", "bcq", "bear", "brac", "crr", "iql", "mabcq", "plas", "td3_bc"}],
+    "QNetwork": [],
+    "critic_loss": [{"awac", "bcq", "bear", "brac", "crr", "iql", "mopo", "morel", "plas", "rebrac", "sac", "td3_bc"}],
+    "actor_loss": [SAC, {"awac", "crr", "iql"}],
+    "entropy_coef_loss": [SAC, {"algae_dice", "brac"}],
+    "td_target": [{"awac", "crr"}],
+    "advantage": [],
+    "weights": [],
+    "value_loss": [],
+    "interact": [],
 }
 FREE = {"Args", "update", "train"}  # differ everywhere
 
@@ -35,24 +36,20 @@ def source(node: ast.AST) -> str:
 
 
 def test_what_is_repeated_is_repeated_exactly():
-    """A fix in one copy must reach the others: every definition of the same name is the same code, but for ALLOWED."""
-    variants = {}
+    """A fix in one copy must reach the others: every definition of the same name is the same code, but for FAMILIES."""
+    forms = {}  # name: {file: code}
     for path in FILES:
         for node in ast.parse(path.read_text()).body:
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name not in FREE:
-                if (path.stem, node.name) not in ALLOWED:
-                    variants.setdefault(node.name, {}).setdefault(source(node), []).append(path.stem)
-    different = {name: list(codes.values()) for name, codes in variants.items() if len(codes) > 1}
-    assert not different
-    assert len(variants["polyak_update"][next(iter(variants["polyak_update"]))]) >= 3  # the test sees copies at all
-
-
-def test_copies_that_say_as_sacs_are_sacs():
-    code = {path.stem: {node.name: source(node) for node in ast.parse(path.read_text()).body if hasattr(node, "name")}
-            for path in FILES}
-    for name in ("Actor", "actor_loss"):
-        assert code["cql"][name] == code["sac"][name]
-    assert code["sac"]["critic_loss"] == code["td3_bc"]["critic_loss"]
+                forms.setdefault(node.name, {})[path.stem] = source(node)
+    for name, codes in forms.items():
+        groups = [family & set(codes) for family in FAMILIES.get(name, [set(codes)])]
+        groups += [{file} for file in codes if not any(file in group for group in groups)]
+        found = {}
+        for file, code in codes.items():
+            found.setdefault(code, set()).add(file)
+        assert sorted(map(sorted, found.values())) == sorted(sorted(group) for group in groups if group), name
+    assert len(forms["polyak_update"]) >= 3  # the test sees copies at all
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -96,9 +93,12 @@ def test_help_is_complete(path, capsys, monkeypatch):
 def test_committed_results_used_the_defaults(path):
     """The table can't drift from the code: but for what says how long and where, every setting is the file's default."""
     result = json.loads(path.read_text())
-    script = result["algorithm"].split("-")[0]
-    defaults = {field.name: field.default for field in fields(__import__(script).Args)}
-    free = {"env", "seed", "steps", "device", "eval_every", "out", "resume", "top_fraction", "lagrange", "cql_weight"}
+    module = __import__(result["algorithm"].split("-")[0])
+    defaults = {field.name: field.default for field in fields(module.Args)}
+    defaults |= getattr(module, "TUNED", {}).get(result["env"], {})
+    free = {"env", "seed", "steps", "device", "eval_every", "out", "resume", "behavior_steps", "vae_steps"}
+    if "-" in result["algorithm"]:  # a mode that the name tells
+        free |= {"top_fraction", "lagrange", "cql_weight", "ensemble", "value_penalty", "weighting", "diversity_weight"}
     assert {key: value for key, value in result["args"].items() if key not in free} == {
         key: value for key, value in defaults.items() if key not in free}
     assert not result["args"]["out"].startswith("/"), "a path of somebody's machine"

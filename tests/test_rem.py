@@ -261,5 +261,6 @@ def test_frames_get_the_nature_network_and_clipped_rewards(monkeypatch, tmp_path
     q_net.load_state_dict(result["actor"])
     assert (common.evaluate(q_net.act, "Pixels-v0", 4, 7) == 50).all()
     batch = torch.as_tensor(np.array(episodes[0].observations[:5]), dtype=torch.float32)
+    assert torch.equal(q_net(batch.flatten(1)).transpose(0, 1).flatten(1), q_net.net(batch.flatten(1) / 255))
     assert q_net(batch.flatten(1)).max() < 4, "Q of rewards of 1, not of 10, is at most 2"
     assert sum(p.numel() for p in q_net.net[:8].parameters()) == 77_984, "the Nature network's convolutions"

@@ -18,7 +18,12 @@ import common
 
 ALGORITHMS = [path.stem for path in sorted((ROOT / "algorithms").glob("*.py"))]
 ENV = {"dqn": "cartpole-medium", "rem": "cartpole-medium"}  # the others run on pendulum-medium
-SMALL = {"cql": dict(num_samples=2, batch_size=32)}  # where a default batch takes a test's time
+SMALL = {  # where a default takes more than a test's time, or its 200 updates would not get to every part
+    "awac": dict(batch_size=64), "awr": dict(value_steps=30, actor_steps=40), "bcq": dict(batch_size=16, num_samples=2),
+    "bear": dict(batch_size=16, num_samples=2), "brac": dict(behavior_steps=50, warm_start_steps=50),
+    "cql": dict(batch_size=32, num_samples=2), "edac": dict(batch_size=64, num_critics=3), "plas": dict(vae_steps=30),
+    "rebrac": dict(batch_size=64),
+}
 QUICK = ["--env", "pendulum-medium", "--eval-episodes", "2", "--final-episodes", "2", "--device", "cpu"]
 
 
@@ -81,7 +86,7 @@ def test_a_run_goes_on_bit_for_bit_and_its_policy_acts_on_raw_observations(name,
     assert weights.keys() == resumed.keys() and all(torch.equal(weights[key], resumed[key]) for key in weights)
     result, again = (json.loads((path / "result.json").read_text()) for path in (first, second))
     assert all(result[key] == again[key] for key in ("final_returns", "curve", "dataset", "score"))
-    assert [point["step"] for point in result["curve"]] == [80, 160, 200]
+    assert [point["step"] for point in result["curve"]][-3:] == [80, 160, 200]  # a stage before may have an entry at 0
 
     saved = torch.load(first / "policy.pt", weights_only=True)
     actor = getattr(module, "Actor", getattr(module, "QNetwork", None))(saved["obs_dim"], saved["action_dim"])
