@@ -19,7 +19,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "algorithms")]
 import common
 
 ALGORITHMS = ("bc", "td3_bc", "rebrac", "iql", "awac", "crr", "awr", "bcq", "plas", "bear", "brac", "sac", "cql", "edac", "dqn",
-              "rem")
+              "rem", "decision_transformer")
 STAGES = {"brac": dict(behavior_steps=1, warm_start_steps=0), "plas": dict(vae_steps=1), "bear": dict(warm_up_steps=0),
           "awr": dict(value_steps=1, actor_steps=10**9)}  # what comes before the updates that count, kept short
 
@@ -104,7 +104,7 @@ if __name__ == "__main__":
     torch.set_num_threads(options.threads)
     rate = matmul_rate(options.device)
     print(f"{options.device}, {options.threads} threads, PyTorch {torch.__version__}: matrix product {rate / 1e9:.0f} GFLOP/s")
-    print(f"{'algorithm':<12}{'updates/s':>11}{'GFLOP/update':>14}{'GFLOP/s':>10}{'share':>8}")
+    print(f"{'algorithm':<21}{'updates/s':>11}{'GFLOP/update':>14}{'GFLOP/s':>10}{'share':>8}")
     for name in options.algorithms:
         updates, flops = measure(name, options.device, options.seconds)
-        print(f"{name:<12}{updates:11.1f}{flops / 1e9:14.3f}{updates * flops / 1e9:10.1f}{updates * flops / rate:8.2f}")
+        print(f"{name:<21}{updates:11.1f}{flops / 1e9:14.3f}{updates * flops / 1e9:10.1f}{updates * flops / rate:8.2f}")
