@@ -29,7 +29,7 @@ Differences from the official code (google-research/batch_rl):
 
 Run:     python algorithms/rem.py --env cartpole-replay
          python algorithms/rem.py --env cartpole-replay --ensemble
-Expect:  TODO
+Expect:  no run yet beside the tests' short ones.
 """
 import copy
 import math

@@ -23,6 +23,7 @@ SMALL = {  # where a default takes more than a test's time, or its 200 updates w
     "bear": dict(batch_size=16, num_samples=2), "brac": dict(behavior_steps=50, warm_start_steps=50),
     "cql": dict(batch_size=32, num_samples=2), "edac": dict(batch_size=64, num_critics=3), "plas": dict(vae_steps=30),
     "rebrac": dict(batch_size=64), "decision_transformer": dict(batch_size=8, warmup_steps=10),
+    "uwac": dict(batch_size=16, num_samples=2, passes=2, warm_up_steps=120),
 }
 NARROW = {"decision_transformer": dict(CONTEXT=5, WIDTH=16, LAYERS=1)}  # constants of a file that would be too slow
 QUICK = ["--env", "pendulum-medium", "--eval-episodes", "2", "--final-episodes", "2", "--device", "cpu"]
