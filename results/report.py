@@ -54,7 +54,7 @@ def card() -> None:
         folders = [get_dataset_path(f"local/{body}/{part}-v0") for part in parts]
         if not all(folder.exists() for folder in folders):
             continue
-        data = load_dataset(name, "cpu")
+        data = load_dataset(name, "cpu", discrete=f"{body}-replay" in NAMES)
         returns, score = data.returns(), data.score
         samples[name] = returns
         rows.append(dict(
@@ -76,12 +76,13 @@ def card() -> None:
     figure, axes = plt.subplots(len(bodies), 1, figsize=(8, 2.6 * len(bodies)), squeeze=False)
     for body, axis in zip(bodies, axes[:, 0]):
         bins = np.histogram_bin_edges(np.concatenate([r for n, r in samples.items() if n.startswith(body)]), 60)
-        for level in ("replay", "random", "medium-replay", "medium", "expert"):
+        for level, color in dict(random="tab:gray", replay="tab:purple", medium="tab:green", expert="tab:red",
+                                 **{"medium-replay": "tab:orange", "medium-expert": "black"}).items():
             if (returns := samples.get(f"{body}-{level}")) is not None:
-                share = np.full(len(returns), 100 / len(returns))
-                axis.hist(returns, bins, weights=share, histtype="stepfilled", alpha=0.45, label=level)
+                share, shape = np.full(len(returns), 100 / len(returns)), "step" if level == "medium-expert" else "stepfilled"
+                axis.hist(returns, bins, weights=share, histtype=shape, alpha=0.45, color=color, label=level)
         axis.set(title=body, xlabel="episode return", ylabel="% of episodes", yscale="symlog")
-        axis.legend()
+        axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
     figure.tight_layout()
     figure.savefig(HERE / "datasets.png", dpi=110)
 
