@@ -186,7 +186,8 @@ def test_cql_beats_the_data(minari_root, tmp_path):
 
 def test_offline_dqn_learns_from_a_replayed_run(minari_root, tmp_path):
     """cartpole-replay holds everything from falling at once to balancing; the policy learnt from it balances far longer."""
-    dqn, data = final_return("dqn", tmp_path, "cartpole-replay", "--steps", "15000")
+    fast = ["--learning-rate", "2.5e-4", "--batch-size", "128", "--target-every", "500"]
+    dqn, data = final_return("dqn", tmp_path, "cartpole-replay", "--steps", "15000", *fast)
     assert dqn > data + 50, (dqn, data)
 
 
