@@ -29,7 +29,8 @@ Differences from the official code (google-research/batch_rl):
 
 Run:     python algorithms/rem.py --env cartpole-replay
          python algorithms/rem.py --env cartpole-replay --ensemble
-Expect:  cartpole-replay (the data 146 steps of balance): 480 after 100,000 updates, seed 0. No run with `--ensemble` yet.
+Expect:  cartpole-replay (the data 146 steps of balance): 480 after 100,000 updates, with `--ensemble`
+         341, seed 0 each; dqn.py 500.
 """
 import copy
 import math
