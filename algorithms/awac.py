@@ -28,7 +28,7 @@ Differences from the official code (rail-berkeley/rlkit, awac_trainer.py):
 Another algorithm has the same name: CORL's weight is min(exp(Â/β), 100), with β = ⅓, and its scores are far from rlkit's.
 
 Run:     python algorithms/awac.py --env hopper-medium
-Expect:  no long run yet. In 3,000 updates on pendulum-medium-replay (the data −1148, a clone the same) it came to −771 at
+Expect:  no long run yet. In short runs on pendulum-medium-replay (the data −1148, a clone the same) it came to −771 at
          best and −1611 at worst, by setting and moment: no reliable gain there.
 """
 import copy

@@ -34,7 +34,7 @@ Differences from both:
 Run:     python algorithms/brac.py --env hopper-medium
          python algorithms/brac.py --env hopper-medium --value-penalty
 Expect:  no long run yet. On pendulum-medium-replay (the data −1148) runs of 1,500 to 5,000 updates ended between −1140 and
-         −1616, never above the data: its clone is nearly uniform there, and the KL hardly holds the policy.
+         −1616, no gain over the data; why is not known yet. Its clone is nearly uniform there.
 """
 import copy
 import math

@@ -30,7 +30,7 @@ Differences. The paper's code (deepmind/acme, TensorFlow) has residual blocks, L
 
 Run:     python algorithms/crr.py --env hopper-medium
          python algorithms/crr.py --env hopper-medium --weighting binary
-Expect:  no long run yet. In 4,000 updates on pendulum-medium-replay (the data −1148, a clone the same) it came to −1044 at
+Expect:  no long run yet. In short runs on pendulum-medium-replay (the data −1148, a clone the same) it came to −1044 at
          best and −1596 at worst, by setting: no gain there.
 """
 import copy

@@ -28,7 +28,7 @@ Differences from the paper and its official code (ikostrikov/implicit_q_learning
   D3 The data's actions are not clipped to ±(1 − 10⁻⁵): nothing here takes their arctanh.
 
 Run:     python algorithms/iql.py --env hopper-medium
-Expect:  no long run yet. In 4,000 updates on pendulum-medium-replay (the data −1148, a clone the same) it came to −715 and
+Expect:  no long run yet. In short runs on pendulum-medium-replay (the data −1148, a clone the same) it came to −715 and
          −1027 at its best setting, two seeds, and to −1473 at its worst: a few thousand updates decide nothing here.
 """
 import copy

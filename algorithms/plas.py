@@ -29,7 +29,7 @@ Differences from the official code (Wenxuan-Zhou/PLAS), which we follow:
 
 Run:     python algorithms/plas.py --env hopper-medium
 Expect:  no long run yet. On pendulum-medium-replay (the data −1148) runs of 1,200 to 3,000 updates ended between −1271 and
-         −1517, below a clone: so short, h saturates on a Q that is still wrong.
+         −1517, below a clone; why is not known yet.
 """
 import copy
 import math

@@ -41,7 +41,7 @@ Differences from the official code (apple/ml-uwac, whose script imports a file t
 
 Run:     python algorithms/uwac.py --env hopper-medium
 Expect:  no long run yet. On pendulum's datasets runs of 1,200 to 4,000 updates ended below the data: −1239 on medium-replay
-         (−1148), −1242 on random (−1218); the bound on Q's slope, above, is most of why.
+         (−1148), −1242 on random (−1218); the bound on Q's slope, above, is one reason.
 """
 import copy
 import math
