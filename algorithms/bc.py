@@ -24,7 +24,7 @@ Differences: papers give no loss; the choices are CORL's (any_percent_bc.py), bu
 Run:     python algorithms/bc.py --env hopper-medium
          python algorithms/bc.py --env hopper-medium-replay --top-fraction 0.1
 Expect:  hopper-medium (the data score 44): 47.2 and 54.4 after 100,000 updates, seeds 0 and 1, 2 minutes on 2 cores. Curve:
-         results/curves.png.
+         results/curves/.
 """
 import sys
 from dataclasses import dataclass

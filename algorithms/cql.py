@@ -35,7 +35,7 @@ Differences from the paper and its official code (aviralkumar2907/CQL):
 Run:     python algorithms/cql.py --env hopper-medium
          python algorithms/cql.py --env hopper-medium --lagrange --cql-weight 1
 Expect:  hopper-medium (the data score 44): 43.0 after 20,000 updates, seed 0, an hour on one core; so few because 30 actions
-         per observation cost 13.5 GFLOP an update, 30 times TD3+BC. Published scores are of 1M updates; results/curves.png.
+         per observation cost 13.5 GFLOP an update, 30 times TD3+BC. Published scores are of 1M updates; results/curves/.
 """
 import copy
 import math

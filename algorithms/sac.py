@@ -27,7 +27,7 @@ Differences from the papers and from rlkit, the code family that made D4RL's dat
 Run:     python algorithms/sac.py --env hopper-medium
          python algorithms/sac.py --online --env hopper
 Expect:  offline, hopper-medium (the data score 44): 0.6 after 100,000 updates, seed 0, and a mean Q of 1.6e8 at the policy's
-         actions, where no return in the data exceeds 2,900: it fails as it should. 9 minutes on 2 cores; results/curves.png.
+         actions, where no return in the data exceeds 2,900: it fails as it should. 9 minutes on 2 cores; results/curves/.
 """
 import copy
 import math

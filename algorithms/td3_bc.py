@@ -23,7 +23,7 @@ Differences from the paper: none known from the official code (sfujim/TD3_BC), w
 
 Run:     python algorithms/td3_bc.py --env hopper-medium
 Expect:  hopper-medium (the data score 44): 72.5 and 54.9 after 100,000 updates, seeds 0 and 1, 7 minutes on 2 cores. On the way
-         evaluations swing between 27 and 70, so read the curve beside the score: results/curves.png.
+         evaluations swing between 27 and 70, so read the curve beside the score: results/curves/.
 """
 import copy
 import math

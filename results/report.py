@@ -1,8 +1,8 @@
 """Rebuild tables and pictures from the committed results: python results/report.py card|table|plots
 
 card   results/datasets.json from the built datasets, results/datasets.png from their returns, and the README's dataset card
-table  the README's table of results, from results/<algorithm>/<env>/seed<k>.json
-plots  results/curves.png, a panel for each dataset, from the same files
+table  the README's results, in the table of files and in that of results, from results/<algorithm>/<env>/seed<k>.json
+plots  results/curves/<dataset>.png from the same files, a panel for each algorithm
 """
 import json
 import re
@@ -110,34 +110,48 @@ def table() -> None:
             f"{np.mean([run['updates_per_second'] for run in runs]):.0f} |")
     write_readme("results", lines)
     print("\n".join(lines))
+    means = {key: f"{np.mean([run['score'] for run in runs]):.0f}" for key, runs in results.items()}
+
+    def with_scores(row: re.Match) -> str:
+        """The last cell of a file's row: its scores on the datasets that its column names, or else on another."""
+        hopper, other = ([means.get((env, row[2]), "–") for env in envs]
+                         for envs in (("hopper-medium", "hopper-medium-replay"), ("cartpole-replay",)))
+        return f"{row[1]} {' / '.join(hopper) if other == ['–'] else f'{other[0]} on cartpole-replay'} |"
+
+    README.write_text(re.sub(r"^(\|.*\]\(algorithms/(\w+)\.py\).*\|)[^|]*\|$", with_scores, README.read_text(), flags=re.M))
 
 
 def plots() -> None:
+    """results/curves/<dataset>.png: for each algorithm its scores, the clone's and the data's behind them, and its mean Q."""
     results = committed()
-    envs = sorted({env for env, algorithm in results if algorithm != "bc"})  # a clone alone is in the table
-    figure, axes = plt.subplots(len(envs), 2, figsize=(12, 4 * len(envs)), squeeze=False)
-    for env, (left, right) in zip(envs, axes):
-        for (other, algorithm), runs in sorted(results.items()):
-            if other != env:
-                continue
-            steps = [point["step"] for point in runs[0]["curve"]]
-            scores = np.array([[point["score"] for point in run["curve"]] for run in runs])
-            line, = left.plot(steps, scores.mean(0), label=f"{algorithm} ({len(runs)})")
-            left.fill_between(steps, scores.min(0), scores.max(0), alpha=0.15, color=line.get_color())
-            metrics = runs[0]["curve"][-1]["metrics"]
-            for key, style in (("q_policy", "-"), ("q_data", ":")):
-                if key in metrics:
-                    values = np.mean([[point["metrics"].get(key, np.nan) for point in run["curve"]] for run in runs], 0)
-                    right.plot(steps, values, style, color=line.get_color(), label=f"{algorithm} {key}")
-        mean = next(run["dataset"]["return_mean"] for (other, _), runs in results.items() if other == env for run in runs)
-        low, high = SUITE[env.split("-")[0]][1:]
-        left.axhline(100 * (mean - low) / (high - low), color="black", linewidth=0.8, linestyle="--", label="the data")
-        left.set(title=env, xlabel="updates", ylabel="score (10 episodes per point)")
-        right.set(title="what the critic believes", xlabel="updates", ylabel="mean Q", yscale="symlog")
-        left.legend(loc="lower right", ncols=2, fontsize=8)
-        right.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(HERE / "curves.png", dpi=100)
+    for env in sorted({env for env, algorithm in results if algorithm != "bc"}):  # a clone alone is in the table
+        runs_of = {algorithm: runs for (other, algorithm), runs in sorted(results.items()) if other == env}
+        mean, (low, high) = next(iter(runs_of.values()))[0]["dataset"]["return_mean"], SUITE[env.split("-")[0]][1:]
+        columns, scores = min(4, len(runs_of)), [p["score"] for runs in runs_of.values() for run in runs for p in run["curve"]]
+        figure = plt.figure(figsize=(3.6 * columns, 4 * -(-len(runs_of) // columns)), layout="constrained")
+        boxes = figure.subfigures(-(-len(runs_of) // columns), columns, squeeze=False).flat
+        for box, (algorithm, runs) in zip(boxes, runs_of.items()):
+            top, bottom = box.subplots(2, 1, sharex=True, height_ratios=(2, 1))
+            for other, color, width in (("bc", "tab:gray", 0.8), (algorithm, "tab:blue", 1.5)):
+                for run in runs_of.get(other, []):
+                    top.plot([point["step"] for point in run["curve"]], [point["score"] for point in run["curve"]], color=color,
+                             linewidth=width)
+                    top.plot(run["steps"], run["score"], "o", color=color, markersize=5 if other == algorithm else 3)
+            for run in runs:
+                for key, style in (("q_policy", "-"), ("q_data", ":")):
+                    points = [(point["step"], point["metrics"][key]) for point in run["curve"] if key in point["metrics"]]
+                    bottom.plot(*zip(*points), style, color="tab:red", linewidth=1) if points else None
+            top.axhline(100 * (mean - low) / (high - low), color="black", linewidth=0.8, linestyle="--")
+            top.set(title=algorithm, ylabel="score", ylim=(min(scores) - 3, max(scores) + 3))
+            bottom.set(xlabel="updates", ylabel="mean Q", yscale="symlog")
+            bottom.yaxis.get_major_locator().set_params(numticks=4)
+            bottom.locator_params(axis="x", nbins=4)
+            bottom.set_visible(any("q_data" in point["metrics"] for run in runs for point in run["curve"]))
+        figure.suptitle(f"{env}: each seed's evaluations in training and final score (dot), BC's in grey, the data's dashed; "
+                        "below, mean Q of the policy's actions, and dotted of the data's", fontsize=9)
+        (HERE / "curves").mkdir(exist_ok=True)
+        figure.savefig(HERE / "curves" / f"{env}.png", dpi=80)
+        plt.close(figure)
 
 
 if __name__ == "__main__":
