@@ -32,9 +32,19 @@ PUBLISHED = {  # (algorithm, dataset): score, where from; 1M updates unless it s
     **{("bc", env): f"{score} (v2, in IQL's table)" for env, score in {
         "hopper-medium": 52.9, "hopper-medium-replay": 18.1, "walker2d-medium": 75.3, "walker2d-medium-replay": 26.0,
         "halfcheetah-medium": 42.6, "halfcheetah-medium-replay": 36.6}.items()},
-    ("td3_bc", "hopper-medium"): "59.3 (v2, paper App. C.3)",
-    ("sac", "hopper-medium"): "0.8 (v0, D4RL paper)",
-    ("cql", "hopper-medium"): "61.9 (v2, rerun in EDAC's paper)",
+    **{(name, f"hopper-{level}"): f"{score} ({source})" for name, source, scores in (
+        ("td3_bc", "v2, paper App. C.3", (59.3, 60.9)), ("sac", "v0, D4RL paper", (0.8, 3.5)),
+        ("iql", "v2, paper", (66.3, 94.7)), ("cql", "v2, rerun in EDAC's paper", (61.9, 86.3)),
+        ("awac", "v2, rerun by IQL's authors", (57.0, 37.2)),
+        ("crr", "v0, d3rlpy, binary", (26.1, 13.3)), ("awr", "v0, D4RL paper", (35.9, 28.4)),
+        ("bcq", "v0, d3rlpy", (52.5, 16.1)), ("plas", "v0, d3rlpy", (58.1, 17.5)), ("bear", "v0, D4RL paper", (52.1, 33.7)),
+        ("brac", "BRAC-p, v0, D4RL paper", (32.7, 0.6)), ("rebrac", "v2, paper", (102.0, 98.1)),
+        ("edac", "v2, paper, N = 50", (101.6, 101.0)), ("edac-sac-n", "v2, paper, N = 500, 200", (100.3, 101.8)),
+        ("mopo", "v0, paper", (28.0, 67.5)), ("morel", "v0, paper", (95.4, 93.6)),
+        ("combo", "v2, OfflineRL-Kit", (84.7, 90.1)), ("decision_transformer", "v2, paper", (67.6, 82.7)))
+       for level, score in zip(("medium", "medium-replay"), scores)},
+    ("mopo", "halfcheetah-medium-replay"): "53.1 (v0, paper)", ("morel", "halfcheetah-medium-replay"): "40.2 (v0, paper)",
+    ("combo", "halfcheetah-medium-replay"): "66.5 (v2, OfflineRL-Kit)", ("algae_dice", "hopper-medium"): "1.2 (v0, D4RL paper)",
 }
 
 
