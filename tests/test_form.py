@@ -11,13 +11,18 @@ from conftest import ROOT
 FILES = sorted((ROOT / "algorithms").glob("*.py"))
 SAC = {"sac", "cql", "edac", "mopo", "morel", "combo"}
 FAMILIES = {  # definitions that belong to the algorithm: which files share one form of it. Files not named have their own form.
-    "Actor": [SAC, {"bc", "td3_bc"}, {"bear", "uwac"}, {"crr", "iql"}],
+    "Actor": [{"sac", "cql", "edac"}, {"mopo", "morel", "combo"}, {"bc", "td3_bc"}, {"bear", "uwac"}, {"crr", "iql"}],
     "Critic": [SAC | {"algae_dice", "awac", "bcq", "bear", "brac", "crr", "iql", "mabcq", "plas", "td3_bc"}],
     "QNetwork": [],
     "critic_loss": [{"awac", "bcq", "bear", "brac", "crr", "iql", "mopo", "morel", "plas", "rebrac", "sac", "td3_bc"}],
     "actor_loss": [SAC, {"awac", "crr", "iql"}],
     "entropy_coef_loss": [SAC, {"algae_dice", "brac"}],
-    "td_target": [{"awac", "crr"}],
+    "td_target": [{"awac", "crr"}, {"combo", "cql"}],
+    "Dynamics": [{"combo", "mopo"}],
+    "dynamics_loss": [{"combo", "mopo"}],
+    "fit": [{"combo", "mopo"}],
+    "imagine": [],
+    "soft_max_q": [],
     "advantage": [],
     "weights": [],
     "value_loss": [],
@@ -96,9 +101,11 @@ def test_committed_results_used_the_defaults(path):
     module = __import__(result["algorithm"].split("-")[0])
     defaults = {field.name: field.default for field in fields(module.Args)}
     defaults |= getattr(module, "TUNED", {}).get(result["env"], {})
-    free = {"env", "seed", "steps", "device", "eval_every", "out", "resume", "behavior_steps", "vae_steps"}
+    free = {"env", "seed", "steps", "device", "eval_every", "out", "resume", "behavior_steps", "vae_steps", "warm_up_steps",
+            "warmup_steps", "dynamics_epochs", "num_critics", "agents"}
     if "-" in result["algorithm"]:  # a mode that the name tells
-        free |= {"top_fraction", "lagrange", "cql_weight", "ensemble", "value_penalty", "weighting", "diversity_weight"}
+        free |= {"top_fraction", "lagrange", "cql_weight", "ensemble", "value_penalty", "weighting", "diversity_weight",
+                 "penalty_weight", "reweight"}
     assert {key: value for key, value in result["args"].items() if key not in free} == {
         key: value for key, value in defaults.items() if key not in free}
     assert not result["args"]["out"].startswith("/"), "a path of somebody's machine"

@@ -18,14 +18,19 @@ import common
 
 ALGORITHMS = [path.stem for path in sorted((ROOT / "algorithms").glob("*.py")) if path.stem != "fqe"]  # it has no policy
 ENV = {"dqn": "cartpole-medium", "rem": "cartpole-medium"}  # the others run on pendulum-medium
+MODEL = dict(batch_size=64, dynamics_epochs=1, rollout_starts=100, rollout_every=50)
 SMALL = {  # where a default takes more than a test's time, or its 200 updates would not get to every part
     "awac": dict(batch_size=64), "awr": dict(value_steps=30, actor_steps=40), "bcq": dict(batch_size=16, num_samples=2),
     "bear": dict(batch_size=16, num_samples=2), "brac": dict(behavior_steps=50, warm_start_steps=50),
     "cql": dict(batch_size=32, num_samples=2), "edac": dict(batch_size=64, num_critics=3), "plas": dict(vae_steps=30),
     "rebrac": dict(batch_size=64), "decision_transformer": dict(batch_size=8, warmup_steps=10),
     "uwac": dict(batch_size=16, num_samples=2, passes=2, warm_up_steps=120),
+    "mopo": MODEL, "morel": MODEL, "combo": MODEL | dict(num_samples=2),
 }
-NARROW = {"decision_transformer": dict(CONTEXT=5, WIDTH=16, LAYERS=1)}  # constants of a file that would be too slow
+NARROW = {  # constants of a file that would be too slow
+    "decision_transformer": dict(CONTEXT=5, WIDTH=16, LAYERS=1), "morel": dict(DYNAMICS_HIDDEN=(32, 32)),
+    **dict.fromkeys(("mopo", "combo"), dict(DYNAMICS_HIDDEN=(20, 20, 20, 20))),
+}
 QUICK = ["--env", "pendulum-medium", "--eval-episodes", "2", "--final-episodes", "2", "--device", "cpu"]
 
 
