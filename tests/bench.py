@@ -24,7 +24,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "algorithms")]
 import common
 
 ALGORITHMS = ("bc", "td3_bc", "rebrac", "iql", "awac", "crr", "awr", "bcq", "plas", "bear", "brac", "uwac", "sac", "cql",
-              "edac", "algae_dice", "dqn", "rem", "decision_transformer", "mopo", "morel", "combo")
+              "edac", "algae_dice", "dqn", "rem", "mopo", "morel", "combo", "decision_transformer", "mabcq")
 STAGES = {  # what comes before the updates that count, kept short
     "awr": dict(value_steps=1, actor_steps=10**9), "bear": dict(warm_up_steps=0), "plas": dict(vae_steps=1),
     "brac": dict(behavior_steps=1, warm_start_steps=0), "uwac": dict(warm_up_steps=0),

@@ -49,6 +49,45 @@ def slow_sample(actor: nn.Module, obs: torch.Tensor, noise: torch.Tensor, log_st
     return action, log_prob
 
 
+def slow_raw(actor: nn.Module, obs: torch.Tensor, noise: torch.Tensor) -> list:
+    """A Gaussian policy's action before tanh, for one draw of noise; −5 ≤ log σ ≤ 2."""
+    out, eps = slow_mlp(actor.net, obs), noise.tolist()
+    return [out[i] + math.exp(min(max(out[len(eps) + i], -5), 2)) * eps[i] for i in range(len(eps))]
+
+
+def slow_decode(vae: nn.Module, obs: torch.Tensor, z: list) -> list:
+    """A VAE's action for one latent."""
+    return [math.tanh(u) for u in slow_mlp(vae.decoder, torch.tensor(obs.tolist() + z))]
+
+
+def slow_vae_loss(vae: nn.Module, batch: Batch, noise: torch.Tensor) -> tuple[float, float, float]:
+    """A VAE's cloning error + ½ KL, with means over transitions, action and latents; and these two; −4 ≤ log σ ≤ 15."""
+    cloning = kl = 0.0
+    n, latents = len(noise), len(noise[0])
+    for b in range(n):
+        out, z = slow_mlp(vae.encoder, torch.cat([batch.obs[b], batch.action[b]])), []
+        for mean, log_std, eps in zip(out[:latents], out[latents:], noise[b].tolist(), strict=True):
+            variance = math.exp(min(max(log_std, -4), 15)) ** 2
+            kl -= 0.5 * (1 + math.log(variance) - mean**2 - variance) / (n * latents)
+            z.append(mean + math.sqrt(variance) * eps)
+        action = slow_decode(vae, batch.obs[b], z)
+        cloning += sum((a - float(t)) ** 2 for a, t in zip(action, batch.action[b], strict=True)) / (n * len(action))
+    return cloning + 0.5 * kl, cloning, kl
+
+
+def slow_mmd(u: list, v: list, kernel: str, bandwidth: float) -> float:
+    """Maximum mean discrepancy of two lists of actions, with BEAR's 1e-6 under the root."""
+    def mean_kernel(a, b):
+        total = 0.0
+        for x in a:
+            for y in b:
+                distances = [abs(i - j) for i, j in zip(x, y, strict=True)]
+                total += math.exp(-sum(d * d if kernel == "gaussian" else d for d in distances) / (2 * bandwidth))
+        return total / (len(a) * len(b))
+
+    return math.sqrt(mean_kernel(u, u) + mean_kernel(v, v) - 2 * mean_kernel(u, v) + 1e-6)
+
+
 def slow_soft_actor_loss(actor, critic, alpha: float, obs, noise, log_std_min: float) -> tuple[float, list, float]:
     """SAC's α log π − min_k Q, its log π for each observation, and the mean Q over both critics."""
     samples = [slow_sample(actor, obs[b], noise[b], log_std_min) for b in range(len(obs))]
@@ -124,7 +163,7 @@ def tiny_discrete_data(n: int = 12, obs_dim: int = 3, num_actions: int = 3) -> D
 
 def flat(net: nn.Module) -> torch.Tensor:
     """All parameters of a network in one vector, copied."""
-    return torch.cat([parameter.detach().flatten() for parameter in net.parameters()])
+    return torch.cat([torch.empty(0), *(parameter.detach().flatten() for parameter in net.parameters())])
 
 
 def flat_grad(net: nn.Module) -> torch.Tensor:

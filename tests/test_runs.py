@@ -25,7 +25,7 @@ SMALL = {  # where a default takes more than a test's time, or its 200 updates w
     "cql": dict(batch_size=32, num_samples=2), "edac": dict(batch_size=64, num_critics=3), "plas": dict(vae_steps=30),
     "rebrac": dict(batch_size=64), "decision_transformer": dict(batch_size=8, warmup_steps=10),
     "uwac": dict(batch_size=16, num_samples=2, passes=2, warm_up_steps=120),
-    "mopo": MODEL, "morel": MODEL, "combo": MODEL | dict(num_samples=2),
+    "mopo": MODEL, "morel": MODEL, "combo": MODEL | dict(num_samples=2), "mabcq": dict(agents=1, batch_size=16, num_samples=2),
 }
 NARROW = {  # constants of a file that would be too slow
     "decision_transformer": dict(CONTEXT=5, WIDTH=16, LAYERS=1), "morel": dict(DYNAMICS_HIDDEN=(32, 32)),
