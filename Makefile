@@ -12,7 +12,7 @@ BEHAVIOR_acrobot := $(BEHAVIOR_cartpole)
 BEHAVIOR_RUN := $(if $(filter cartpole acrobot,$(ENV)),dqn,sac)
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: setup demo test lint data behavior results table plots bench
+.PHONY: setup demo test test-losses test-learning lint data behavior results table plots bench
 
 setup: .venv/installed
 
@@ -25,8 +25,15 @@ setup: .venv/installed
 demo: setup  ## build hopper-medium, train BC and TD3+BC briefly, print the scores, draw the learning curve
 	$(RUN) results/demo.py
 
-test: setup
-	$(ONE_THREAD) $(RUN) -m pytest -q tests
+test: setup  ## two halves side by side, a thread each
+	@echo "two halves, each prints when it is over: the runs that learn take the longer, some minutes"
+	@$(MAKE) --no-print-directory -j2 $(if $(filter output-sync,$(.FEATURES)),-Otarget) test-losses test-learning
+
+test-losses:
+	@$(ONE_THREAD) $(RUN) -m pytest -q tests --ignore tests/test_learning.py
+
+test-learning:
+	@$(ONE_THREAD) $(RUN) -m pytest -q tests/test_learning.py
 
 lint: setup
 	.venv/bin/ruff check .

@@ -28,8 +28,8 @@ Differences from the paper and its official code (ikostrikov/implicit_q_learning
   D3 The data's actions are not clipped to ±(1 − 10⁻⁵): nothing here takes their arctanh.
 
 Run:     python algorithms/iql.py --env hopper-medium
-Expect:  no long run yet. In short runs on pendulum-medium-replay (the data −1148, a clone the same) it came to −715 and
-         −1027 at its best setting, two seeds, and to −1473 at its worst: a few thousand updates decide nothing here.
+Expect:  hopper-medium 66.6 (the data 44, BC 47 and 54), hopper-medium-replay 39.3 (the data 15, BC 18), after 100,000 updates,
+         seed 0; its paper has 66 and 95 after 1M. Evaluations on hopper-medium swing between 20 and 83: results/curves/.
 """
 import copy
 import math

@@ -1,4 +1,5 @@
 """Every test finds the algorithm files as modules, and runs on one thread."""
+import os
 import sys
 from pathlib import Path
 
@@ -17,3 +18,12 @@ def exact():
     torch.manual_seed(0)
     yield
     torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture(scope="session")
+def minari_root(tmp_path_factory):
+    """One Minari root for all runs; each dataset is built on first use."""
+    root = tmp_path_factory.mktemp("minari")
+    os.environ["MINARI_DATASETS_PATH"] = str(root)
+    yield root
+    del os.environ["MINARI_DATASETS_PATH"]

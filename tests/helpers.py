@@ -1,11 +1,16 @@
 """What the tests share: slow arithmetic to hold the fast code against, hand-made data, a Run that writes nothing."""
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 
 import torch
+from conftest import ROOT
 from torch import nn
 
 from common import Batch, Dataset
+
+QUICK = ["--env", "pendulum-medium", "--eval-episodes", "2", "--final-episodes", "2", "--device", "cpu"]
 
 
 def assert_close(got, want, tol: float = 1e-8) -> None:
@@ -213,3 +218,19 @@ def silent_train(monkeypatch, algorithm, data, **args) -> SilentRun:
     monkeypatch.setattr(algorithm, "load_dataset", lambda *_, **__: data)
     algorithm.train(algorithm.Args(**args))
     return SilentRun.last
+
+
+def command(name: str, out, *arguments: str, quick=QUICK) -> list[str]:
+    return [sys.executable, str(ROOT / "algorithms" / f"{name}.py"), *quick, "--out", str(out), *arguments]
+
+
+def run(name: str, out, *arguments: str, code: int = 0, **options) -> subprocess.CompletedProcess:
+    """Runs from an unrelated working directory: nothing may depend on it."""
+    done = subprocess.run(command(name, out, *arguments, **options), capture_output=True, text=True, cwd=out, timeout=600)
+    assert done.returncode == code, done.stderr[-2000:]
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def folder(name: str, out, env: str = "pendulum-medium"):
+    return out / name / env / "seed0"

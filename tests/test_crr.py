@@ -37,7 +37,11 @@ def make_actor():
 
 
 def make_critic():
-    return make(crr.Critic, 3, 2, 1)
+    return make(crr.Critic, 3, 2)
+
+
+def slow_min(critic, obs, action):
+    return min(slow_critic(critic, k, obs, action) for k in range(2))
 
 
 def slow_policy(actor, obs):
@@ -75,7 +79,7 @@ def test_td_target_equals_a_loop(monkeypatch):
     draws = record_draws(monkeypatch, "randn_like")
     y = crr.td_target(actor, critic, batch, 0.9)
     for b in range(4):
-        q = slow_critic(critic, 0, batch.next_obs[b], slow_sample(actor, batch.next_obs[b], draws[0][b]))
+        q = slow_min(critic, batch.next_obs[b], slow_sample(actor, batch.next_obs[b], draws[0][b]))
         expected.append(float(batch.reward[b] + 0.9 * (0.0 if b == 1 else q)))
     assert_close(y, expected)
     assert not y.requires_grad
@@ -88,8 +92,8 @@ def test_advantage_equals_a_loop(monkeypatch):
     adv = crr.advantage(actor, critic, batch, 3)
     for b in range(4):
         samples = [slow_sample(actor, batch.obs[b], draws[0][b, j]) for j in range(3)]
-        mean = sum(slow_critic(critic, 0, batch.obs[b], sample) for sample in samples) / 3
-        expected.append(slow_critic(critic, 0, batch.obs[b], batch.action[b].tolist()) - mean)
+        mean = sum(slow_min(critic, batch.obs[b], sample) for sample in samples) / 3
+        expected.append(slow_min(critic, batch.obs[b], batch.action[b].tolist()) - mean)
     assert draws[0].shape == (4, 3, 2)
     assert_close(adv, expected)
     assert not adv.requires_grad
@@ -120,10 +124,10 @@ def test_actor_loss_equals_a_loop():
 def test_critic_loss_equals_a_loop():
     """(E6): the mean over transitions of the squared error."""
     critic, batch, y = make_critic(), tiny_batch(), torch.randn(4)
-    q = [slow_critic(critic, 0, batch.obs[b], batch.action[b].tolist()) for b in range(4)]
+    q = [[slow_critic(critic, k, batch.obs[b], batch.action[b].tolist()) for b in range(4)] for k in range(2)]
     loss, q_data = crr.critic_loss(critic, batch, y)
-    assert_close(loss, sum((q[b] - float(y[b])) ** 2 / 4 for b in range(4)))
-    assert_close(q_data, sum(q) / 4)
+    assert_close(loss, sum((q[k][b] - float(y[b])) ** 2 / 4 for k in range(2) for b in range(4)))
+    assert_close(q_data, sum(map(sum, q)) / 8)
 
 
 def test_losses_refuse_columns():
@@ -289,14 +293,14 @@ def test_each_loss_moves_its_own_network_only():
 
 @pytest.mark.parametrize("weighting, variant", [("exp", ""), ("binary", "-binary")])
 def test_train_renews_the_targets_at_intervals(monkeypatch, weighting, variant):
-    """Seven updates with target_every 3: both targets move at 3 and 6, and are copies then. One critic."""
+    """Seven updates with target_every 3: both targets move at 3 and 6, and are copies then. Two critics."""
     run = silent_train(monkeypatch, crr, tiny_data(), steps=7, batch_size=4, target_every=3, weighting=weighting)
     for name in ("actor", "critic"):
         assert len(run.steps_that_moved(name)) >= 6  # binary may leave the actor where it is
         assert run.steps_that_moved(name + "_target") == [3, 6]
         for step in (0, 3, 6):
             assert torch.equal(run.history[step][name], run.history[step][name + "_target"])
-    assert run.variant == variant and len(run.state["critic"].layers[0].weight) == 1
+    assert run.variant == variant and len(run.state["critic"].layers[0].weight) == 2
 
 
 # ---- unlike cloning, unlike SAC

@@ -1,7 +1,6 @@
 """Whole runs, as a user starts them: they learn, resume bit for bit, save policies that act, and refuse bad settings."""
 import importlib
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from helpers import QUICK, command, folder, run
 
 import common
 
@@ -31,32 +31,6 @@ NARROW = {  # constants of a file that would be too slow
     "decision_transformer": dict(CONTEXT=5, WIDTH=16, LAYERS=1), "morel": dict(DYNAMICS_HIDDEN=(32, 32)),
     **dict.fromkeys(("mopo", "combo"), dict(DYNAMICS_HIDDEN=(20, 20, 20, 20))),
 }
-QUICK = ["--env", "pendulum-medium", "--eval-episodes", "2", "--final-episodes", "2", "--device", "cpu"]
-
-
-@pytest.fixture(scope="session")
-def minari_root(tmp_path_factory):
-    """One Minari root for all runs; each dataset is built on first use."""
-    root = tmp_path_factory.mktemp("minari")
-    os.environ["MINARI_DATASETS_PATH"] = str(root)
-    yield root
-    del os.environ["MINARI_DATASETS_PATH"]
-
-
-def command(name: str, out, *arguments: str, quick=QUICK) -> list[str]:
-    return [sys.executable, str(ROOT / "algorithms" / f"{name}.py"), *quick, "--out", str(out), *arguments]
-
-
-def run(name: str, out, *arguments: str, code: int = 0, **options) -> subprocess.CompletedProcess:
-    """Runs from an unrelated working directory: nothing may depend on it."""
-    done = subprocess.run(command(name, out, *arguments, **options), capture_output=True, text=True, cwd=out, timeout=300)
-    assert done.returncode == code, done.stderr[-2000:]
-    assert "Traceback" not in done.stderr
-    return done
-
-
-def folder(name: str, out, env: str = "pendulum-medium"):
-    return out / name / env / "seed0"
 
 
 def policy(name: str, out, env: str = "pendulum-medium") -> dict:
@@ -151,49 +125,6 @@ def test_the_actor_uses_the_bounds_and_the_statistics_of_the_data():
     actor.action_half = torch.tensor([2.0])
     raw = torch.randn(5, 3)
     torch.testing.assert_close(actor.act(raw), 2 * actor((raw - actor.obs_mean) / actor.obs_std))
-
-
-FAST = ["--actor-lr", "1e-3", "--critic-lr", "1e-3", "--target-rate", "0.02"]  # so that a test can wait for it
-
-
-def final_return(name: str, out, env: str, *arguments: str) -> tuple[float, float]:
-    """(mean return of 20 episodes of the final policy, the data's mean return)."""
-    run(name, out, *arguments, "--eval-every", "100000", quick=["--env", env, "--final-episodes", "20", "--device", "cpu"])
-    result = json.loads((folder(name, out, env) / "result.json").read_text())
-    return np.mean(result["final_returns"]), result["dataset"]["return_mean"]
-
-
-@pytest.fixture(scope="session")
-def clone(minari_root, tmp_path_factory):
-    """pendulum-medium-replay: eight policies, most of them bad. A clone is as good as their mean."""
-    clone, data = final_return("bc", tmp_path_factory.mktemp("clone"), "pendulum-medium-replay", "--steps", "1500")
-    assert abs(clone - data) < 300, (clone, data)
-    return clone
-
-
-@pytest.mark.parametrize("name, settings", [
-    ("td3_bc", ["--steps", "4000", *FAST]),
-    ("rebrac", ["--steps", "2000", "--batch-size", "64", "--target-rate", "0.02"]),
-    ("awr", ["--steps", "6000", "--actor-lr", "1e-2", "--td-lambda", "0.9", "--gamma", "0.95"]),
-])
-def test_it_beats_mixed_data_and_its_clone(name, settings, clone, minari_root, tmp_path):
-    """Each swings the pendulum up, which most of the data does not show."""
-    result, data = final_return(name, tmp_path, "pendulum-medium-replay", *settings)
-    assert result > data + 200 and result > clone + 200, (result, clone, data)
-
-
-def test_cql_beats_the_data(minari_root, tmp_path):
-    """pendulum-medium, with smaller batches than the default's, for speed."""
-    small = ["--num-samples", "3", "--batch-size", "64"]
-    cql, data = final_return("cql", tmp_path, "pendulum-medium", "--steps", "2000", *small, *FAST)
-    assert cql > data + 50, (cql, data)
-
-
-def test_offline_dqn_learns_from_a_replayed_run(minari_root, tmp_path):
-    """cartpole-replay holds everything from falling at once to balancing; the policy learnt from it balances far longer."""
-    fast = ["--learning-rate", "2.5e-4", "--batch-size", "128", "--target-every", "500"]
-    dqn, data = final_return("dqn", tmp_path, "cartpole-replay", "--steps", "15000", *fast)
-    assert dqn > data + 50, (dqn, data)
 
 
 def test_online_dqn_trains_and_snapshots(minari_root, tmp_path):

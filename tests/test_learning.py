@@ -1,0 +1,106 @@
+"""Whole runs that learn: on small datasets and within seconds each algorithm ends clearly above what the data show.
+
+Rates are larger than the defaults and γ is smaller, so that a test can wait for it; the losses are those of the files.
+"""
+import json
+
+import decision_transformer
+import numpy as np
+import pytest
+import sac
+import torch
+from conftest import ROOT
+from helpers import folder, run
+
+MIXED = "pendulum-medium-replay"  # eight policies, most of them bad
+SHORT = ["--gamma", "0.95", "--batch-size", "64"]
+FAST = ["--actor-lr", "1e-3", "--critic-lr", "1e-3", "--target-rate", "0.02"]
+FASTER = [*SHORT, "--actor-lr", "3e-3", "--critic-lr", "3e-3", "--target-rate", "0.05"]
+IMAGINED = ["--rollout-starts", "2000", "--rollout-every", "250", "--gamma", "0.95", "--critic-lr", "3e-3",
+            "--target-rate", "0.05"]
+
+
+def final_return(name: str, out, env: str, *arguments: str) -> tuple[float, float]:
+    """(mean return of 20 episodes of the final policy, the data's mean return)."""
+    run(name, out, *arguments, "--eval-every", "100000", quick=["--env", env, "--final-episodes", "20", "--device", "cpu"])
+    result = json.loads((folder(name, out, env) / "result.json").read_text())
+    return np.mean(result["final_returns"]), result["dataset"]["return_mean"]
+
+
+@pytest.fixture(scope="session")
+def clone(minari_root, tmp_path_factory):
+    """A clone is as good as the mean of the policies behind the data."""
+    clone, data = final_return("bc", tmp_path_factory.mktemp("clone"), MIXED, "--steps", "1500")
+    assert abs(clone - data) < 300, (clone, data)
+    return clone
+
+
+@pytest.mark.parametrize("name, margin, settings", [
+    ("td3_bc", 200, ["--steps", "4000", *FAST]),
+    ("rebrac", 200, ["--steps", "2000", "--batch-size", "64", "--target-rate", "0.02"]),
+    ("awr", 200, ["--steps", "6000", "--actor-lr", "1e-2", "--td-lambda", "0.9", "--gamma", "0.95"]),
+    ("iql", 150, ["--steps", "4000", *FASTER, "--expectile", "0.9", "--beta", "1"]),
+    ("bcq", 150, ["--steps", "3000", "--batch-size", "32", "--num-samples", "3", "--max-perturbation", "0.2", "--gamma", "0.95",
+                  "--target-rate", "0.02", "--critic-lr", "2e-3"]),
+    ("brac", 150, ["--steps", "3500", "--behavior-steps", "2000", "--behavior-lr", "1e-3", "--warm-start-steps", "200", *SHORT,
+                   "--critic-lr", "3e-3", "--actor-lr", "1e-3", "--target-rate", "0.05"]),
+    ("mopo", 200, [*IMAGINED, "--batch-size", "64", "--steps", "3000", "--dynamics-epochs", "15", "--actor-lr", "3e-3"]),
+    ("combo", 400, [*IMAGINED, "--batch-size", "64", "--steps", "2000", "--dynamics-epochs", "15", "--actor-lr", "3e-3",
+                    "--num-samples", "1"]),
+    ("morel", 200, [*IMAGINED, "--batch-size", "128", "--steps", "3000", "--dynamics-epochs", "3", "--actor-lr", "1e-3"]),
+])
+def test_it_beats_mixed_data_and_its_clone(name, margin, settings, clone, minari_root, tmp_path):
+    """Each swings the pendulum up, which most of the data does not show."""
+    result, data = final_return(name, tmp_path, MIXED, *settings)
+    assert result > data + margin and result > clone + margin, (result, clone, data)
+
+
+def test_algae_dice_learns_from_random_actions(minari_root, tmp_path):
+    """pendulum-random holds every action everywhere, which is what a method without a constraint needs."""
+    settings = ["--steps", "2000", "--batch-size", "64", "--gamma", "0.95", "--target-rate", "0.05", "--policy-delay", "1"]
+    result, data = final_return("algae_dice", tmp_path, "pendulum-random", *settings)
+    assert result > data + 300, (result, data)
+
+
+def test_cql_beats_the_data(minari_root, tmp_path):
+    """pendulum-medium, with smaller batches than the default's, for speed."""
+    small = ["--num-samples", "3", "--batch-size", "64"]
+    cql, data = final_return("cql", tmp_path, "pendulum-medium", "--steps", "2000", *small, *FAST)
+    assert cql > data + 50, (cql, data)
+
+
+def test_offline_dqn_learns_from_a_replayed_run(minari_root, tmp_path):
+    """cartpole-replay holds everything from falling at once to balancing; the policy learnt from it balances far longer."""
+    fast = ["--learning-rate", "2.5e-4", "--batch-size", "128", "--target-every", "500"]
+    dqn, data = final_return("dqn", tmp_path, "cartpole-replay", "--steps", "15000", *fast)
+    assert dqn > data + 50, (dqn, data)
+
+
+def test_a_decision_transformer_gets_more_than_it_has_seen_on_average(minari_root, tmp_path, monkeypatch):
+    """A small one, asked for the best return in the data."""
+    for constant, value in dict(CONTEXT=5, WIDTH=64, LAYERS=2).items():
+        monkeypatch.setattr(decision_transformer, constant, value)
+    decision_transformer.train(decision_transformer.Args(
+        env=MIXED, steps=2500, batch_size=32, actor_lr=1e-3, warmup_steps=100, dropout=0.0, eval_every=100_000, device="cpu",
+        final_episodes=20, out=str(tmp_path)))
+    result = json.loads((folder("decision_transformer", tmp_path, MIXED) / "result.json").read_text())
+    assert np.mean(result["final_returns"]) > result["dataset"]["return_mean"] + 150, result["final_returns"]
+
+
+def test_fqe_ranks_policies_it_has_not_run(minari_root, tmp_path):
+    """Six snapshots of the online run behind the pendulum's data, from bad to expert, judged on mixed data."""
+    with np.load(ROOT / "results" / "behavior" / "pendulum.npz") as saved:
+        for i in range(3, 9):
+            actor = sac.Actor(3, 1)
+            for number, layer in enumerate(actor.net[::2]):
+                layer.weight.data = torch.tensor(np.float32(saved[f"weight{number}"][i]))
+                layer.bias.data = torch.tensor(np.float32(saved[f"bias{number}"][i]))
+            actor.action_half.fill_(2.0)
+            (tmp_path / str(i)).mkdir()
+            torch.save(dict(algorithm="sac-online", env_id="Pendulum-v1", obs_dim=3, action_dim=1, actor=actor.state_dict()),
+                       tmp_path / str(i) / "policy.pt")
+    run("fqe", tmp_path, "--steps", "1000", "--eval-every", "250", "--critic-lr", "1e-3", "--target-rate", "0.1", "--gamma",
+        "0.95", "--batch-size", "128", "--final-episodes", "20", "--policies", str(tmp_path),
+        quick=["--env", MIXED, "--device", "cpu"])
+    result = json.loads((folder("fqe", tmp_path, MIXED) / "result.json").read_text())
+    assert len(result["policies"]) == 6 and result["spearman"] > 0.8, result["policies"]
