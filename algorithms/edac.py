@@ -186,7 +186,7 @@ def critic_loss(critic: Critic, batch: Batch, y: Tensor, diversity_weight: float
     action = batch.action.detach().requires_grad_().expand(len(critic.layers[0].weight), -1, -1)  # (K, B, A), one per critic
     q = critic(batch.obs.expand(len(action), -1, -1), action)  # (K, B)
     assert y.shape == q.shape[1:], "a target (B, 1) would broadcast to (K, B, B), and train"
-    metrics = {"q_data": q.detach().mean()}
+    metrics = {"q_data": q.detach().mean(), "q_spread": q.detach().std(dim=0, correction=0).mean()}
     # (E5) a sum over critics: with their mean, η would have to be divided by N
     loss = (q - y).pow(2).mean(dim=1).sum()
     if diversity_weight:

@@ -124,6 +124,8 @@ def test_critic_loss_equals_a_loop(weight):
     loss, metrics = edac.critic_loss(critic, batch, y, weight)
     assert_close(loss, squares + weight * alike, 1e-6)
     assert_close(metrics.pop("q_data"), sum(map(sum, q)) / 4 / N)
+    spread = [math.sqrt(sum((q[k][b] - sum(q[j][b] for j in range(N)) / N) ** 2 for k in range(N)) / N) for b in range(4)]
+    assert_close(metrics.pop("q_spread"), sum(spread) / 4)
     assert_close(torch.stack([*metrics.values()]) if metrics else torch.zeros(0), [alike] if weight else [], 1e-6)
 
 
@@ -297,6 +299,7 @@ def test_two_critics_and_no_diversity_are_sac():
     (ours, metrics), (sacs, expected) = one_update(edac, nets, diversity_weight=0.0), one_update(sac, nets)
     for got, want in zip(ours, sacs):
         assert_close(got, want, 1e-12)
+    assert metrics.pop("q_spread") > 0
     assert metrics.keys() == expected.keys() and all(torch.equal(metrics[name], expected[name]) for name in metrics)
 
 
