@@ -16,9 +16,9 @@ HOPPER = MUJOCO[:2]
 DISCRETE = ("cartpole-replay", "cartpole-medium", "acrobot-replay", "acrobot-medium")
 GRID = [  # (name, script and its arguments)
     *[("bc", f"bc.py --env {env} --steps 100000") for env in MUJOCO],
-    *[(name, f"{name}.py --env {env} --steps {steps}") for env in HOPPER for name, steps in (  # half an hour on a core each
+    *[(name, f"{name.split('-')[0]}.py --env {env} --steps {steps}") for env in HOPPER for name, steps in (  # half an hour each
         ("td3_bc", "100000"), ("iql", "100000"), ("crr", "100000"), ("awr", "1000000 --eval-every 50000"),
-        ("brac", "100000 --behavior-steps 50000"), ("plas", "100000 --vae-steps 100000"),
+        ("brac-p", "100000 --behavior-steps 50000"), ("plas", "100000 --vae-steps 100000"),
         ("awac", "40000 --eval-every 2000"), ("bcq", "40000 --eval-every 2000"), ("rebrac", "40000 --eval-every 2000"),
         ("bear", "35000 --warm-up-steps 5000 --eval-every 2000"))],
     ("sac", "sac.py --env hopper-medium --steps 100000"),

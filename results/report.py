@@ -38,7 +38,7 @@ PUBLISHED = {  # (algorithm, dataset): score, where from; 1M updates unless it s
         ("awac", "v2, rerun by IQL's authors", (57.0, 37.2)),
         ("crr", "v0, d3rlpy, binary", (26.1, 13.3)), ("awr", "v0, D4RL paper", (35.9, 28.4)),
         ("bcq", "v0, d3rlpy", (52.5, 16.1)), ("plas", "v0, d3rlpy", (58.1, 17.5)), ("bear", "v0, D4RL paper", (52.1, 33.7)),
-        ("brac", "BRAC-p, v0, D4RL paper", (32.7, 0.6)), ("rebrac", "v2, paper", (102.0, 98.1)),
+        ("brac-p", "v0, D4RL paper", (32.7, 0.6)), ("rebrac", "v2, paper", (102.0, 98.1)),
         ("edac", "v2, paper, N = 50", (101.6, 101.0)), ("edac-sac-n", "v2, paper, N = 500, 200", (100.3, 101.8)),
         ("mopo", "v0, paper", (28.0, 67.5)), ("morel", "v0, paper", (95.4, 93.6)),
         ("combo", "v2, OfflineRL-Kit", (84.7, 90.1)), ("decision_transformer", "v2, paper", (67.6, 82.7)))
@@ -124,7 +124,7 @@ def table() -> None:
 
     def with_scores(row: re.Match) -> str:
         """The last cell of a file's row: its scores on the datasets that its column names, or else on another."""
-        hopper, other = ([means.get((env, row[2]), "–") for env in envs]
+        hopper, other = ([means.get((env, row[2]), means.get((env, row[2] + "-p"), "–")) for env in envs]
                          for envs in (("hopper-medium", "hopper-medium-replay"), ("cartpole-replay",)))
         return f"{row[1]} {' / '.join(hopper) if other == ['–'] else f'{other[0]} on cartpole-replay'} |"
 

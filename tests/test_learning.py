@@ -23,7 +23,7 @@ IMAGINED = ["--rollout-starts", "2000", "--rollout-every", "250", "--gamma", "0.
 def final_return(name: str, out, env: str, *arguments: str) -> tuple[float, float]:
     """(mean return of 20 episodes of the final policy, the data's mean return)."""
     run(name, out, *arguments, "--eval-every", "100000", quick=["--env", env, "--final-episodes", "20", "--device", "cpu"])
-    result = json.loads((folder(name, out, env) / "result.json").read_text())
+    result = json.loads(next(out.glob(f"{name}*/{env}/seed0/result.json")).read_text())  # brac.py's folder is brac-p
     return np.mean(result["final_returns"]), result["dataset"]["return_mean"]
 
 
