@@ -18,22 +18,22 @@ GRID = [  # (name, script and its arguments)
     *[("bc", f"bc.py --env {env} --steps 100000") for env in MUJOCO],
     *[(name, f"{name.split('-')[0]}.py --env {env} --steps {steps}") for env in HOPPER for name, steps in (  # half an hour each
         ("td3_bc", "100000"), ("iql", "100000"), ("crr", "100000"), ("awr", "1000000 --eval-every 50000"),
-        ("brac-p", "100000 --behavior-steps 50000"), ("plas", "100000 --vae-steps 100000"),
-        ("awac", "40000 --eval-every 2000"), ("bcq", "40000 --eval-every 2000"), ("rebrac", "40000 --eval-every 2000"),
-        ("bear", "35000 --warm-up-steps 5000 --eval-every 2000"))],
+        ("brac-p", "80000 --behavior-steps 50000"), ("plas", "80000 --vae-steps 50000"),
+        ("awac", "24000 --eval-every 2000"), ("bcq", "28000 --eval-every 2000"), ("rebrac", "24000 --eval-every 2000"),
+        ("bear", "20000 --warm-up-steps 4000 --eval-every 2000"))],
     ("sac", "sac.py --env hopper-medium --steps 100000"),
     ("cql", "cql.py --env hopper-medium --steps 20000 --eval-every 1000"),  # as many as an hour on one core allows
     *[(name, f"{name.split('-')[0]}.py --env {env} --steps {steps} {more}") for name, steps, more in (  # forty minutes each
         ("mopo", 100_000, ""), ("mopo-no-penalty", 100_000, "--penalty-weight 0"), ("morel", 100_000, ""),
-        ("combo", 15_000, "--eval-every 1000")) for env, more in (
+        ("combo", 8_000, "--eval-every 500")) for env, more in (
         ("hopper-medium", f"--dynamics-epochs 10 {more}"), ("halfcheetah-medium-replay", f"--dynamics-epochs 30 {more}"))],
     *[(name, f"{script}.py --env {env} --steps {steps}") for env in HOPPER for name, script, steps in (  # as many updates as
-        ("edac", "edac", "24000 --num-critics 10 --eval-every 1000"),  # forty minutes on a core allow
-        ("edac-sac-n", "edac", "24000 --num-critics 10 --diversity-weight 0 --eval-every 1000"),
-        ("uwac", "uwac", "8000 --warm-up-steps 2000 --eval-every 500"), ("algae_dice", "algae_dice", "100000"))],
-    ("decision_transformer", "decision_transformer.py --env hopper-medium-replay --steps 15000 --warmup-steps 1500"),  # an hour
+        ("edac", "edac", "16000 --num-critics 10 --eval-every 1000"),  # forty minutes on a core allow
+        ("edac-sac-n", "edac", "16000 --num-critics 10 --diversity-weight 0 --eval-every 1000"),
+        ("uwac", "uwac", "5000 --warm-up-steps 1000 --eval-every 500"), ("algae_dice", "algae_dice", "70000"))],
+    ("decision_transformer", "decision_transformer.py --env hopper-medium-replay --steps 11000 --warmup-steps 1000 --eval-every 1000"),  # an hour
     *[(name, f"mabcq.py --env {env} --agents {agents} --steps {steps} --eval-every 1000 {more}") for env, agents, steps in (
-        ("halfcheetah-medium-replay", 2, 15_000), ("hopper-medium-replay", 3, 11_000)) for name, more in (
+        ("halfcheetah-medium-replay", 2, 12_000), ("hopper-medium-replay", 3, 9_000)) for name, more in (
         ("mabcq", ""), ("mabcq-independent", "--no-reweight"))],  # half an hour
     *[("dqn", f"dqn.py --env {env}") for env in DISCRETE],
     *[("rem-ensemble", f"rem.py --env {env} --ensemble") for env in DISCRETE],
