@@ -23,15 +23,16 @@ GRID = [  # (name, script and its arguments)
         ("bear", "20000 --warm-up-steps 4000 --eval-every 2000"))],
     ("sac", "sac.py --env hopper-medium --steps 100000"),
     ("cql", "cql.py --env hopper-medium --steps 20000 --eval-every 1000"),  # as many as an hour on one core allows
-    *[(name, f"{name.split('-')[0]}.py --env {env} --steps {steps} {more}") for name, steps, more in (  # forty minutes each
+    *[(name, f"{name.split('-')[0]}.py --env {env} --steps {steps} {more}") for name, steps, more in (  # 40 minutes each
         ("mopo", 100_000, ""), ("mopo-no-penalty", 100_000, "--penalty-weight 0"), ("morel", 100_000, ""),
         ("combo", 8_000, "--eval-every 500")) for env, more in (
         ("hopper-medium", f"--dynamics-epochs 10 {more}"), ("halfcheetah-medium-replay", f"--dynamics-epochs 30 {more}"))],
-    *[(name, f"{script}.py --env {env} --steps {steps}") for env in HOPPER for name, script, steps in (  # as many updates as
-        ("edac", "edac", "16000 --num-critics 10 --eval-every 1000"),  # forty minutes on a core allow
-        ("edac-sac-n", "edac", "16000 --num-critics 10 --diversity-weight 0 --eval-every 1000"),
-        ("uwac", "uwac", "5000 --warm-up-steps 1000 --eval-every 500"), ("algae_dice", "algae_dice", "70000"))],
-    ("decision_transformer", "decision_transformer.py --env hopper-medium-replay --steps 11000 --warmup-steps 1000 --eval-every 1000"),  # an hour
+    *[(name, f"{name.split('-')[0]}.py --env {env} --steps {steps}") for env in HOPPER for name, steps in (  # 40 minutes each
+        ("edac", "16000 --num-critics 10 --eval-every 1000"),
+        ("edac-sac-n", "16000 --num-critics 10 --diversity-weight 0 --eval-every 1000"),
+        ("uwac", "5000 --warm-up-steps 1000 --eval-every 500"), ("algae_dice", "70000"))],
+    ("decision_transformer", "decision_transformer.py --env hopper-medium-replay --steps 11000 --warmup-steps 1000 "
+     "--eval-every 1000"),  # an hour
     *[(name, f"mabcq.py --env {env} --agents {agents} --steps {steps} --eval-every 1000 {more}") for env, agents, steps in (
         ("halfcheetah-medium-replay", 2, 12_000), ("hopper-medium-replay", 3, 9_000)) for name, more in (
         ("mabcq", ""), ("mabcq-independent", "--no-reweight"))],  # half an hour
