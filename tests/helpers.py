@@ -42,6 +42,18 @@ def slow_critic(critic: nn.Module, k: int, obs: torch.Tensor, action: list) -> f
     return x[0]
 
 
+def slow_normed_critic(critic: nn.Module, k: int, obs: torch.Tensor, action: list) -> float:
+    """The same with layer norms: linear, ReLU, then a norm over the features; none after the last layer."""
+    x = obs.tolist() + list(action)
+    for layer, norm in zip(list(critic.layers)[:-1], critic.norms, strict=True):
+        x = [max(v, 0) for v in slow_dense(x, layer.weight[k].T.tolist(), layer.bias[k, 0].tolist())]
+        mean = sum(x) / len(x)
+        std = math.sqrt(sum((v - mean) ** 2 for v in x) / len(x) + 1e-6)
+        scale, shift = norm.weight[k, 0].tolist(), norm.bias[k, 0].tolist()
+        x = [(v - mean) / std * scale[i] + shift[i] for i, v in enumerate(x)]
+    return slow_dense(x, critic.layers[-1].weight[k].T.tolist(), critic.layers[-1].bias[k, 0].tolist())[0]
+
+
 def slow_sample(actor: nn.Module, obs: torch.Tensor, noise: torch.Tensor, log_std_min: float) -> tuple[list, float]:
     """The tanh-Gaussian's action for this noise, and its log-density by change of variables: log N(u) − log da/du."""
     out, action, log_prob = slow_mlp(actor.net, obs), [], 0.0

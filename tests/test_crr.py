@@ -15,8 +15,8 @@ from helpers import (
     make,
     record_draws,
     silent_train,
-    slow_critic,
     slow_mlp,
+    slow_normed_critic,
     step_by_hand,
     tiny_batch,
     tiny_data,
@@ -37,11 +37,16 @@ def make_actor():
 
 
 def make_critic():
-    return make(crr.Critic, 3, 2)
+    """With norms that do something."""
+    critic = make(crr.Critic, 3, 2)
+    for norm in critic.norms:
+        norm.weight.data.uniform_(0.5, 1.5)
+        norm.bias.data.normal_()
+    return critic
 
 
 def slow_min(critic, obs, action):
-    return min(slow_critic(critic, k, obs, action) for k in range(2))
+    return min(slow_normed_critic(critic, k, obs, action) for k in range(2))
 
 
 def slow_policy(actor, obs):
@@ -124,7 +129,7 @@ def test_actor_loss_equals_a_loop():
 def test_critic_loss_equals_a_loop():
     """(E6): the mean over transitions of the squared error."""
     critic, batch, y = make_critic(), tiny_batch(), torch.randn(4)
-    q = [[slow_critic(critic, k, batch.obs[b], batch.action[b].tolist()) for b in range(4)] for k in range(2)]
+    q = [[slow_normed_critic(critic, k, batch.obs[b], batch.action[b].tolist()) for b in range(4)] for k in range(2)]
     loss, q_data = crr.critic_loss(critic, batch, y)
     assert_close(loss, sum((q[k][b] - float(y[b])) ** 2 / 4 for k in range(2) for b in range(4)))
     assert_close(q_data, sum(map(sum, q)) / 8)

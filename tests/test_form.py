@@ -12,7 +12,7 @@ FILES = sorted((ROOT / "algorithms").glob("*.py"))
 SAC = {"sac", "cql", "edac", "mopo", "morel", "combo"}
 FAMILIES = {  # definitions that belong to the algorithm: which files share one form of it. Files not named have their own form.
     "Actor": [{"sac", "cql", "edac"}, {"mopo", "morel", "combo"}, {"bc", "td3_bc"}, {"bear", "uwac"}, {"crr", "iql"}],
-    "Critic": [SAC | {"algae_dice", "awac", "bcq", "bear", "brac", "crr", "iql", "mabcq", "plas", "td3_bc"}],
+    "Critic": [SAC | {"algae_dice", "awac", "bcq", "bear", "brac", "iql", "mabcq", "plas", "td3_bc"}],
     "QNetwork": [],
     "critic_loss": [{"awac", "bcq", "bear", "brac", "crr", "iql", "mopo", "morel", "plas", "rebrac", "sac", "td3_bc"}],
     "actor_loss": [SAC, {"awac", "crr", "iql"}],

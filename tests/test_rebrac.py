@@ -14,8 +14,8 @@ from helpers import (
     make,
     record_draws,
     silent_train,
-    slow_dense,
     slow_mlp,
+    slow_normed_critic,
     step_by_hand,
     tiny_batch,
     tiny_data,
@@ -45,18 +45,6 @@ def slow_action(actor, obs):
     return [math.tanh(u) for u in slow_mlp(actor.net, obs)]
 
 
-def slow_q(critic, k, obs, action):
-    """Linear, ReLU, then a norm over the features; no norm after the last layer."""
-    x = obs.tolist() + list(action)
-    for layer, norm in zip(list(critic.layers)[:-1], critic.norms, strict=True):
-        x = [max(v, 0) for v in slow_dense(x, layer.weight[k].T.tolist(), layer.bias[k, 0].tolist())]
-        mean = sum(x) / len(x)
-        std = math.sqrt(sum((v - mean) ** 2 for v in x) / len(x) + 1e-6)
-        scale, shift = norm.weight[k, 0].tolist(), norm.bias[k, 0].tolist()
-        x = [(v - mean) / std * scale[i] + shift[i] for i, v in enumerate(x)]
-    return slow_dense(x, critic.layers[-1].weight[k].T.tolist(), critic.layers[-1].bias[k, 0].tolist())[0]
-
-
 # ---- each function against a loop
 
 
@@ -74,7 +62,7 @@ def test_td_target_equals_a_loop(monkeypatch):
             clips |= {"action"} if abs(action[i] + noise) > 1 else set()
             action[i] = min(max(action[i] + noise, -1), 1)
         penalty = sum((action[i] - float(next_data_action[b, i])) ** 2 for i in range(2))
-        q = min(slow_q(critic, k, batch.next_obs[b], action) for k in range(2))
+        q = min(slow_normed_critic(critic, k, batch.next_obs[b], action) for k in range(2))
         expected.append(float(batch.reward[b] + 0.9 * (0.0 if b == 1 else q - 0.7 * penalty)))
     assert clips == {"noise", "action", "neither"}, "this seed must exercise both clips"
     assert_close(y, expected)
@@ -84,7 +72,7 @@ def test_td_target_equals_a_loop(monkeypatch):
 def test_critic_loss_equals_a_loop():
     """(E3): the mean over transitions of the squared error, summed over two different critics."""
     critic, batch, y = networks()[2], tiny_batch(), torch.randn(4)
-    q = [[slow_q(critic, k, batch.obs[b], batch.action[b].tolist()) for b in range(4)] for k in range(2)]
+    q = [[slow_normed_critic(critic, k, batch.obs[b], batch.action[b].tolist()) for b in range(4)] for k in range(2)]
     loss, q_data = rebrac.critic_loss(critic, batch, y)
     assert_close(loss, sum((q[k][b] - float(y[b])) ** 2 / 4 for k in range(2) for b in range(4)))
     assert_close(q_data, sum(q[0] + q[1]) / 8)
@@ -101,11 +89,11 @@ def test_actor_loss_equals_a_loop():
     """(E4), (E5): λ from |Q|, Q the smaller of both critics per transition; cloning summed over action dimensions."""
     (actor, _, critic, _), batch = networks(), tiny_batch()
     actions = [slow_action(actor, batch.obs[b]) for b in range(4)]
-    both = [[slow_q(critic, k, batch.obs[b], actions[b]) for b in range(4)] for k in range(2)]
+    both = [[slow_normed_critic(critic, k, batch.obs[b], actions[b]) for b in range(4)] for k in range(2)]
     critic.layers[-1].bias.data[1] -= both[1][0] - both[0][0] + 0.1  # so that each critic is the smaller one somewhere
-    both = [[slow_q(critic, k, batch.obs[b], actions[b]) for b in range(4)] for k in range(2)]
+    both = [[slow_normed_critic(critic, k, batch.obs[b], actions[b]) for b in range(4)] for k in range(2)]
     critic.layers[-1].bias.data -= min(both[0][0], both[1][0]) - 0.01
-    both = [[slow_q(critic, k, batch.obs[b], actions[b]) for b in range(4)] for k in range(2)]
+    both = [[slow_normed_critic(critic, k, batch.obs[b], actions[b]) for b in range(4)] for k in range(2)]
     assert {u < v for u, v in zip(*both)} == {True, False}
     q = [min(both[0][b], both[1][b]) for b in range(4)]
     assert min(q) < 0 < max(q), "with one sign, mean |Q| and |mean Q| would be the same"
