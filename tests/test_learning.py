@@ -13,9 +13,8 @@ from conftest import ROOT
 from helpers import folder, run
 
 MIXED = "pendulum-medium-replay"  # eight policies, most of them bad
-SHORT = ["--gamma", "0.95", "--batch-size", "64"]
 FAST = ["--actor-lr", "1e-3", "--critic-lr", "1e-3", "--target-rate", "0.02"]
-FASTER = [*SHORT, "--actor-lr", "3e-3", "--critic-lr", "3e-3", "--target-rate", "0.05"]
+EAGER = ["--gamma", "0.95", "--batch-size", "64", "--critic-lr", "3e-3", "--actor-lr", "1e-3", "--target-rate", "0.05"]
 IMAGINED = ["--rollout-starts", "2000", "--rollout-every", "250", "--gamma", "0.95", "--critic-lr", "3e-3",
             "--target-rate", "0.05"]
 
@@ -39,11 +38,12 @@ def clone(minari_root, tmp_path_factory):
     ("td3_bc", 200, ["--steps", "4000", *FAST]),
     ("rebrac", 200, ["--steps", "2000", "--batch-size", "64", "--target-rate", "0.02"]),
     ("awr", 200, ["--steps", "6000", "--actor-lr", "1e-2", "--td-lambda", "0.9", "--gamma", "0.95"]),
-    ("iql", 150, ["--steps", "4000", *FASTER, "--expectile", "0.9", "--beta", "1"]),
     ("bcq", 150, ["--steps", "3000", "--batch-size", "32", "--num-samples", "3", "--max-perturbation", "0.2", "--gamma", "0.95",
                   "--target-rate", "0.02", "--critic-lr", "2e-3"]),
-    ("brac", 150, ["--steps", "3500", "--behavior-steps", "2000", "--behavior-lr", "1e-3", "--warm-start-steps", "200", *SHORT,
-                   "--critic-lr", "3e-3", "--actor-lr", "1e-3", "--target-rate", "0.05"]),
+    ("awac", 150, ["--steps", "8000", *EAGER]),
+    ("brac", 150, ["--steps", "4000", *EAGER, "--behavior-steps", "2000", "--behavior-lr", "1e-3",
+                   "--warm-start-steps", "200"]),
+    ("crr", 150, ["--steps", "6000", "--target-every", "20", *EAGER[:-2]]),
     ("mopo", 200, [*IMAGINED, "--batch-size", "64", "--steps", "3000", "--dynamics-epochs", "15", "--actor-lr", "3e-3"]),
     ("combo", 400, [*IMAGINED, "--batch-size", "64", "--steps", "2000", "--dynamics-epochs", "15", "--actor-lr", "3e-3",
                     "--num-samples", "1"]),
