@@ -12,7 +12,7 @@ BEHAVIOR_acrobot := $(BEHAVIOR_cartpole)
 BEHAVIOR_RUN := $(if $(filter cartpole acrobot,$(ENV)),dqn,sac)
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: setup demo test test-losses test-learning lint data behavior results table plots bench
+.PHONY: setup demo test test-learning test-more-learning test-runs test-losses lint data behavior results table plots bench
 
 setup: .venv/installed
 
@@ -25,15 +25,24 @@ setup: .venv/installed
 demo: setup  ## build hopper-medium, train BC and TD3+BC briefly, print the scores, draw the learning curve
 	$(RUN) results/demo.py
 
-test: setup  ## two halves side by side, a thread each
-	@echo "two halves, each prints when it is over: the runs that learn take the longer, some minutes"
-	@$(MAKE) --no-print-directory -j2 $(if $(filter output-sync,$(.FEATURES)),-Otarget) test-losses test-learning
+TEST := $(ONE_THREAD) $(RUN) -m pytest -q
 
-test-losses:
-	@$(ONE_THREAD) $(RUN) -m pytest -q tests --ignore tests/test_learning.py
+test: setup  ## in four parts, two at a time, a thread each
+	@echo "four parts, two at a time; each prints when it is over, the first in some minutes"
+	@$(MAKE) --no-print-directory -j2 $(if $(filter output-sync,$(.FEATURES)),-Otarget) \
+	    test-learning test-more-learning test-runs test-losses
 
 test-learning:
-	@$(ONE_THREAD) $(RUN) -m pytest -q tests/test_learning.py
+	@$(TEST) tests/test_learning.py -k mixed_data
+
+test-more-learning:
+	@$(TEST) tests/test_learning.py -k "not mixed_data"
+
+test-runs:
+	@$(TEST) tests/test_runs.py tests/test_data.py
+
+test-losses:
+	@$(TEST) tests --ignore tests/test_learning.py --ignore tests/test_runs.py --ignore tests/test_data.py
 
 lint: setup
 	.venv/bin/ruff check .
