@@ -28,8 +28,9 @@ Differences from the official code (rail-berkeley/rlkit, awac_trainer.py):
 Another algorithm has the same name: CORL's weight is min(exp(Â/β), 100), with β = ⅓, and its scores are far from rlkit's.
 
 Run:     python algorithms/awac.py --env hopper-medium
-Expect:  no long run yet. In short runs on pendulum-medium-replay (the data −1148, a clone the same) it came to −771 at
-         best and −1611 at worst, by setting and moment: no reliable gain there.
+Expect:  hopper-medium-replay 19.3 (the data 15, BC 18) after 24,000 updates, seed 0, and rising: half an hour on a core allows
+         no more, at 3.7 GFLOP an update. pendulum-medium-replay (the data −1148): −386 and −237 after 8,000 updates with its
+         end-to-end test's settings, larger rates; before 4,000 often worse than the data.
 """
 import copy
 import math

@@ -33,8 +33,9 @@ Differences from both:
 
 Run:     python algorithms/brac.py --env hopper-medium
          python algorithms/brac.py --env hopper-medium --value-penalty
-Expect:  no long run yet. On pendulum-medium-replay (the data −1148) runs of 1,500 to 5,000 updates ended between −1140 and
-         −1616, no gain over the data; why is not known yet. Its clone is nearly uniform there.
+Expect:  BRAC-p on hopper-medium 84.4 (the data 44, BC 47 and 54) after 50,000 updates of the clone and 80,000 more, seed 0, in
+         half an hour on a core. Read its curve in results/curves/: once Q has a say, evaluations fall from 33 to 6, and rise
+         from 50,000 on. pendulum-medium-replay (the data −1148): −390, −587, −151 with its end-to-end test's settings.
 """
 import copy
 import math

@@ -33,8 +33,8 @@ Differences. The paper's code (deepmind/acme, TensorFlow) has residual blocks, L
 
 Run:     python algorithms/crr.py --env hopper-medium
          python algorithms/crr.py --env hopper-medium --weighting binary
-Expect:  no long run yet. In short runs on pendulum-medium-replay (the data −1148, a clone the same) it came to −1044 at
-         best and −1596 at worst, by setting: no gain there.
+Expect:  pendulum-medium-replay (the data −1148, a clone the same): −420 and −513 after 8,000 updates with its end-to-end test's
+         settings, seeds 0 and 1, rising all the way. Without the norms of D6 it ended between −1044 and −1596 there.
 """
 import copy
 import math

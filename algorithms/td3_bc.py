@@ -22,8 +22,9 @@ Differences from the paper: none known from the official code (sfujim/TD3_BC), w
   D2 (E5) averages the squared error over action dimensions [code]; the paper's formula sums.
 
 Run:     python algorithms/td3_bc.py --env hopper-medium
-Expect:  hopper-medium (the data score 44): 72.5 and 54.9 after 100,000 updates, seeds 0 and 1, 7 minutes on 2 cores. On the way
-         evaluations swing between 27 and 70, so read the curve beside the score: results/curves/.
+Expect:  hopper-medium (the data 44, BC 47 and 54): 72.5 and 54.9 after 100,000 updates, seeds 0 and 1, 7 minutes on 2 cores.
+         hopper-medium-replay (the data 15, BC 18): 23.0, seed 0. On the way evaluations swing, there between 11 and 47, so
+         read the curves beside the scores: results/curves/.
 """
 import copy
 import math
