@@ -147,16 +147,17 @@ def plots() -> None:
                     top.plot([point["step"] for point in run["curve"]], [point["score"] for point in run["curve"]], color=color,
                              linewidth=width)
                     top.plot(run["steps"], run["score"], "o", color=color, markersize=5 if other == algorithm else 3)
-            for run in runs:
-                for key, style in (("q_policy", "-"), ("q_data", ":")):
-                    points = [(point["step"], point["metrics"][key]) for point in run["curve"] if key in point["metrics"]]
-                    bottom.plot(*zip(*points), style, color="tab:red", linewidth=1) if points else None
+            beliefs = [[(point["step"], point["metrics"][key]) for point in run["curve"] if key in point["metrics"]]
+                       for key in ("q_policy", "q_data") for run in runs]
+            for points, style in zip(beliefs, ["-"] * len(runs) + [":"] * len(runs)):
+                bottom.plot(*zip(*points), style, color="tab:red", linewidth=1) if points else None
             top.axhline(100 * (mean - low) / (high - low), color="black", linewidth=0.8, linestyle="--")
             top.set(title=algorithm, ylabel="score", ylim=(min(scores) - 3, max(scores) + 3))
-            bottom.set(xlabel="updates", ylabel="mean Q", yscale="symlog")
+            positive = all(q > 0 for points in beliefs for _, q in points)
+            bottom.set(xlabel="updates", ylabel="mean Q", yscale="log" if positive else "symlog")
             bottom.yaxis.get_major_locator().set_params(numticks=4)
             bottom.locator_params(axis="x", nbins=4)
-            bottom.set_visible(any("q_data" in point["metrics"] for run in runs for point in run["curve"]))
+            bottom.set_visible(any(beliefs))
         figure.suptitle(f"{env}: each seed's evaluations in training and final score (dot), BC's in grey, the data's dashed; "
                         "below, mean Q of the policy's actions, and dotted of the data's", fontsize=9)
         (HERE / "curves").mkdir(exist_ok=True)
