@@ -33,8 +33,9 @@ Differences. The paper's code (deepmind/acme, TensorFlow) has residual blocks, L
 
 Run:     python algorithms/crr.py --env hopper-medium
          python algorithms/crr.py --env hopper-medium --weighting binary
-Expect:  pendulum-medium-replay (the data −1148, a clone the same): −420 and −513 after 8,000 updates with its end-to-end test's
-         settings, seeds 0 and 1, rising all the way. Without the norms of D6 it ended between −1044 and −1596 there.
+Expect:  hopper-medium 90.7 (the data 44, BC 47 and 54), hopper-medium-replay 57.3 (the data 15, BC 18), after 100,000 updates,
+         seed 0, in half an hour on a core; on the latter evaluations swing between 24 and 86. pendulum-medium-replay (the data
+         −1148): −420 and −513 after 8,000 updates with its end-to-end test's settings, −1044 at best without D6.
 """
 import copy
 import math
