@@ -29,8 +29,9 @@ Differences from the paper and its official code (xbpeng/awr), which learns onli
   The code's standardisation in (E4) is kept; the paper has a fixed β on raw advantages.
 
 Run:     python algorithms/awr.py --env hopper-medium
-Expect:  no long run yet. pendulum-medium-replay (the data −1148, a clone the same): −635, −570, −555 after 6,000 updates with
-         --actor-lr 1e-2 --td-lambda 0.9 --gamma 0.95, seeds 0 to 2.
+Expect:  hopper-medium-replay 25.3 (the data 15, BC 18) after 1M updates, seed 0, in 17 minutes on a core.
+         pendulum-medium-replay (the data −1148, a clone the same): −635, −570, −555 after 6,000 updates with its end-to-end
+         test's settings.
 """
 import math
 import sys
