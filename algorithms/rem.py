@@ -29,8 +29,8 @@ Differences from the official code (google-research/batch_rl):
 
 Run:     python algorithms/rem.py --env cartpole-replay
          python algorithms/rem.py --env cartpole-replay --ensemble
-Expect:  cartpole-replay (the data 146 steps of balance): 480 after 100,000 updates, with `--ensemble`
-         341, seed 0 each; dqn.py 500.
+Expect:  100,000 updates, seed 0, REM, Ensemble-DQN and dqn.py: 480, 341 and 500 steps of balance on cartpole-replay (the data
+         146); in scores 97, 75 and 98 on acrobot-replay (80), and -3 each on cartpole-medium (37), where all fail.
 """
 import copy
 import math
