@@ -158,6 +158,7 @@ def plots() -> None:
             bottom.yaxis.get_major_locator().set_params(numticks=4)
             bottom.locator_params(axis="x", nbins=4)
             bottom.set_visible(any(beliefs))
+            top.tick_params(labelbottom=not any(beliefs))
         figure.suptitle(f"{env}: each seed's evaluations in training and final score (dot), BC's in grey, the data's dashed; "
                         "below, mean Q of the policy's actions, and dotted of the data's", fontsize=9)
         (HERE / "curves").mkdir(exist_ok=True)
