@@ -39,10 +39,10 @@ test-more-learning:
 	@$(TEST) tests/test_learning.py -k "not mixed_data"
 
 test-runs:
-	@$(TEST) tests/test_runs.py tests/test_data.py
+	@$(TEST) tests/test_runs.py
 
 test-losses:
-	@$(TEST) tests --ignore tests/test_learning.py --ignore tests/test_runs.py --ignore tests/test_data.py
+	@$(TEST) tests --ignore tests/test_learning.py --ignore tests/test_runs.py
 
 lint: setup
 	.venv/bin/ruff check .

@@ -30,7 +30,8 @@ Differences from the official code (google-research/batch_rl):
 Run:     python algorithms/rem.py --env cartpole-replay
          python algorithms/rem.py --env cartpole-replay --ensemble
 Expect:  100,000 updates, seed 0, REM, Ensemble-DQN and dqn.py: 480, 341 and 500 steps of balance on cartpole-replay (the data
-         146); in scores 97, 75 and 98 on acrobot-replay (80), and -3 each on cartpole-medium (37), where all fail.
+         146); in scores 97, 75 and 98 on acrobot-replay (80), 79, 1 and 93 on acrobot-medium (67), and -3 each on
+         cartpole-medium (37), where all fail.
 """
 import copy
 import math
