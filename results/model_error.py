@@ -48,8 +48,8 @@ def segments(body: str, snapshots: list, data) -> tuple[torch.Tensor, torch.Tens
 @torch.no_grad()
 def judge(path: Path) -> dict:
     """The errors of one model: by kind of episode, after k steps, and after one step beside its own uncertainty."""
-    algorithm, env = path.parts[-3], path.parts[-2]
-    check(path.exists() and algorithm in ("mopo", "combo", "morel"), f"{path} is no model of mopo.py, combo.py or morel.py")
+    algorithm, env = path.resolve().parts[-3:-1] if path.exists() else ("", "")
+    check(algorithm in ("mopo", "combo", "morel"), f"{path} is no model of mopo.py, combo.py or morel.py")
     module, data = importlib.import_module(algorithm), load_dataset(env, "cpu")
     dynamics = module.Dynamics(data.obs_dim, data.action_dim)
     dynamics.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))

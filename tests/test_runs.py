@@ -1,4 +1,4 @@
-"""Whole runs, as a user starts them: they learn, resume bit for bit, save policies that act, and refuse bad settings."""
+"""Whole runs, as a user starts them: they resume bit for bit, save policies that act, and refuse bad settings."""
 import importlib
 import json
 import shutil
