@@ -10,9 +10,11 @@ time and FLOP are shared out over the rollout_every updates that it serves. Nobo
 """
 import argparse
 import importlib
+import io
 import math
 import sys
 import time
+from contextlib import redirect_stderr
 from pathlib import Path
 from unittest.mock import patch
 
@@ -130,5 +132,6 @@ if __name__ == "__main__":
     print(f"{options.device}, {options.threads} threads, PyTorch {torch.__version__}: matrix product {rate / 1e9:.0f} GFLOP/s")
     print(f"{'algorithm':<21}{'updates/s':>11}{'GFLOP/update':>14}{'GFLOP/s':>10}{'share':>8}")
     for name in options.algorithms:
-        updates, flops = measure(name, options.device, options.seconds)
+        with redirect_stderr(io.StringIO()):  # progress bars would run into the table
+            updates, flops = measure(name, options.device, options.seconds)
         print(f"{name:<21}{updates:11.1f}{flops / 1e9:14.3f}{updates * flops / 1e9:10.1f}{updates * flops / rate:8.2f}")
