@@ -261,7 +261,8 @@ def train(args: Args) -> None:
         check(False, f"stopped; the estimates so far, if any, are in {folder}")
     for one in sorted(judged, key=lambda one: -one["estimate"]):
         print(f"estimate {one['estimate']:10.1f}   rollouts {one['return_mean']:10.1f}   {one['policy']}")
-    print(f"Spearman's correlation {correlation}, regret {regret:.1f}; {folder / 'result.json'}")
+    shown = "undefined" if correlation is None else f"{correlation:.2f}"
+    print(f"Spearman's correlation {shown}, regret {regret:.1f}; {folder / 'result.json'}")
 
 
 if __name__ == "__main__":

@@ -174,7 +174,7 @@ def test_a_chain_with_known_values(monkeypatch, tmp_path, capsys):
     assert abs(result["spearman"] - (1 - 6 * (difference**2).sum() / (4 * 15))) < 1e-12
     assert result["regret"] == 4 - [4, 1, 3, 2][int(np.argmax(exact))]
     assert [point["step"] for point in result["curve"]] == list(range(250, 2001, 250))
-    assert f"Spearman's correlation {result['spearman']}" in capsys.readouterr().out
+    assert f"Spearman's correlation {result['spearman']:.2f}" in capsys.readouterr().out
 
 
 def test_constant_reward(monkeypatch, tmp_path):
