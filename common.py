@@ -225,8 +225,10 @@ class Run:
 
     def __init__(self, args, data: Dataset, variant: str = ""):
         """Seeds torch, so make it before the networks. `variant` names a mode: -top10 makes bc-top10 beside bc."""
-        for name in ("steps", "batch_size", "eval_every", "eval_episodes", "final_episodes"):
-            check(getattr(args, name) > 0, f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+        for name in ("steps", "batch_size", "eval_every", "eval_episodes", "final_episodes", "policy_delay", "target_every",
+                     "snapshot_every", "num_samples"):
+            value = getattr(args, name, 1)
+            check(value > 0, f"--{name.replace('_', '-')} must be at least 1, not {value}")
         self.args, self.data, self.curve, self.seconds, self.stop = args, data, [], 0.0, False
         self.algorithm = Path(sys.modules[type(args).__module__].__file__).stem + variant
         self.folder = Path(args.out) / self.algorithm / args.env.removesuffix(".hdf5").replace("/", "_") / f"seed{args.seed}"

@@ -2,7 +2,7 @@
 
 Nair, Gupta, Dalal & Levine, "AWAC: Accelerating Online Reinforcement Learning with Offline Datasets", 2020, arXiv 2006.09359.
 Notes: Policy Constraints (软约束); beyond the notes' own list. It solves their "max E[Q] s.t. D(π, π_β) ≤ ε" for D = KL in
-closed form, π ∝ π_β · exp(Â/β), and projects on that by weighted cloning: π_β itself is never estimated.
+closed form, π ∝ π_β · exp(Â/β), and fits its policy to that by weighted cloning: π_β itself is never estimated.
 
 One of four files, iql.py, awac.py, crr.py and awr.py, that all clone the data's actions by weight: read them side by side
 for how each estimates the advantage of an action, and how it turns that into a weight. AWAC learns Q of its own policy, whose
@@ -22,9 +22,10 @@ Shapes: B batch, S observation, A action, K = 2 critics. d is terminated: a trun
 Observations are raw, actions lie in [-1, 1]; the actor converts them to the environment's units.
 
 Differences from the official code (rail-berkeley/rlkit, awac_trainer.py):
-  D1 PyTorch's default initialisation, as in the other files here.
+  D1 PyTorch's default initialisation; target critics start as copies, not as other random networks.
   D2 (E1) clips, as other reproductions do: a Gaussian around a bounded mean may leave the box.
   D3 The offline stage goes on for 1M updates, as other offline methods; the official script has 50,000, then acts online.
+  D4 Batches of 1024, which are those of its online stage; offline it draws 128.
 Another algorithm has the same name: CORL's weight is min(exp(Â/β), 100), with β = ⅓, and its scores are far from rlkit's.
 
 Run:     python algorithms/awac.py --env hopper-medium
@@ -54,7 +55,7 @@ class Args:
     env: str = "hopper-medium"  # suite dataset, Minari id or path of a D4RL .hdf5 file
     seed: int = 0  # of networks, batches and evaluation episodes
     steps: int = 1_000_000  # gradient updates [D3]
-    batch_size: int = 1024  # transitions per update [C awac1.py]
+    batch_size: int = 1024  # transitions per update, the actions that (E4) compares [C awac1.py] [D4]
     device: str = "auto"  # auto, cpu or cuda
     eval_every: int = 5_000  # updates between evaluations, and between checkpoints [=]
     eval_episodes: int = 10  # per evaluation [=]
@@ -68,7 +69,7 @@ class Args:
     gamma: float = 0.99  # discount γ [C awac1.py]
     target_rate: float = 0.005  # share of the new weights in (E7) [C awac1.py]
     # AWAC
-    beta: float = 2.0  # β in (E4), larger clones more; 1 for the paper's hand tasks [C awac1.py]
+    beta: float = 2.0  # β in (E4), larger clones more [C awac1.py]
 
 
 HIDDEN = (256, 256)  # widths of the critics [C awac1.py]

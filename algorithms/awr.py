@@ -2,8 +2,8 @@
 
 Peng, Kumar, Zhang & Levine, "Advantage-Weighted Regression: Simple and Scalable Off-Policy Reinforcement Learning", 2019,
 arXiv 1910.00177.
-Notes: Policy Constraints (软约束), in their references, and a column of their UWAC table (D4RL v0; D4RL ran it on 5% of each
-dataset, see D1, so that column says little about the method).
+Notes: Policy Constraints (软约束), in their references, and a column of their UWAC table (D4RL v0; D4RL ran it on the last
+50,000 rows of each dataset, see D1, so that column says little about the method).
 
 One of four files, iql.py, awac.py, crr.py and awr.py, that all clone the data's actions by weight: read them side by side
 for how each estimates the advantage of an action, and how it turns that into a weight. AWR has no Q: an action is worth what
@@ -22,16 +22,17 @@ Observations have mean 0 and std 1 over the data, actions lie in [-1, 1]; the ac
 
 Differences from the paper and its official code (xbpeng/awr), which learns online from its last 50,000 transitions:
   D1 The dataset takes that buffer's place, all of it. D4RL loaded its data into the buffer, which kept the last 50,000 rows.
-  D2 Observations are divided by std + 10⁻³, as in the other files here; officially by max(std, 0.01).
+  D2 Observations are divided by std + 10⁻³, as in bc.py and td3_bc.py (the other three of these four take raw
+     ones); officially by max(std, 0.01).
   D3 Batches are drawn with replacement; officially from a shuffled list.
-  D4 PyTorch's default initialisation of the hidden layers, not Xavier's; the last layer of π begins within ±0.01 [code].
+  D4 PyTorch's default initialisation, not Xavier's with biases of 0; the last weights of π begin within ±0.01 [code].
   D5 When acting, the mean is clipped to the action's range, which (E5) keeps it near anyway.
   The code's standardisation in (E4) is kept; the paper has a fixed β on raw advantages.
 
 Run:     python algorithms/awr.py --env hopper-medium
 Expect:  hopper-medium 74.1 (the data 44, BC 47 and 54), hopper-medium-replay 25.3 (the data 15, BC 18), after 1M updates, seed
-         0, in 17 to 24 minutes on a core. pendulum-medium-replay (the data −1148, a clone the same): −635, −570, −555 after
-         6,000 updates with its end-to-end test's settings.
+         0, in 17 to 24 minutes on a core; evaluations on the former swing between 30 and 93. pendulum-medium-replay (the data
+         −1148, a clone the same): −635, −570, −555 after 6,000 updates with its end-to-end test's settings.
 """
 import math
 import sys
@@ -226,6 +227,7 @@ def update(args: Args, data: Dataset, actor: Actor, value: Value, returns: Tenso
 
 def train(args: Args) -> None:
     check(args.value_steps > 0 and args.actor_steps > 0, "--value-steps and --actor-steps must be at least 1")
+    check(0 <= args.gamma < 1, f"--gamma must be at least 0 and below 1, not {args.gamma}")
     data = load_dataset(args.env, args.device)
     run = Run(args, data)
     actor = Actor(data.obs_dim, data.action_dim).to(data.device)

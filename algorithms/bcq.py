@@ -2,12 +2,13 @@
 
 Fujimoto, Meger & Precup, "Off-Policy Deep Reinforcement Learning without Exploration", ICML 2019, arXiv 1812.02900.
 Notes: Policy Constraints (软约束) › BCQ. (Their equation, a max over the actions that the data hold for s′, is the paper's rule
-for tables; tests/test_bcq.py shows that (E4) is this rule if the VAE gives back the data's actions. With continuous states
+for tables; tests/test_bcq.py shows that (E4) is this rule if the VAE gives back the data's actions, often enough to see each,
+and ξ is left out. With continuous states
 no s′ ever comes twice, so a generative model has to say which actions could have been in the data.)
 
 A conditional VAE learns to produce actions as the data have them. Wherever Q-learning takes a maximum over actions, BCQ takes
-it over a few that the VAE proposes, each moved by at most φ by a small network that Q trains. So no action far from the data
-ever enters a target, and there is no policy beyond "propose, correct, take the best".
+it over a few that the VAE proposes, each moved by at most φ by a small network that Q trains. So actions enter a target only
+if they are like the data's, or between two of theirs, and there is no policy beyond "propose, correct, take the best".
 
   (E1) L_VAE = E_D[ ‖tanh g(s, z) − a‖² / A + ½ KL ],  z = μ(s, a) + σ(s, a)·ε,
        KL = 1/L Σ_l [ ½(μ_l² + σ_l² − 1) − log σ_l ]
@@ -200,7 +201,7 @@ def vae_loss(vae: VAE, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     """(E1); also its two parts, the cloning error and the KL divergence. Here z is not clipped: that is for acting only."""
     mean, log_std = vae.encode(batch.obs, batch.action)
     z = mean + log_std.exp() * torch.randn_like(mean)
-    # (E1) a sum over latents in place of the mean would weigh L times as much, and the decoder would ignore z
+    # (E1) a sum over latents would weigh L times as much, and the decoder ignore z even where the data vary widely
     cloning = (torch.tanh(vae.decode(batch.obs, z)) - batch.action).pow(2).mean()
     kl = (0.5 * (mean.pow(2) + (2 * log_std).exp() - 1) - log_std).mean()
     return cloning + 0.5 * kl, cloning.detach(), kl.detach()

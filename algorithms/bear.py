@@ -1,8 +1,8 @@
 """Bootstrapping Error Accumulation Reduction, BEAR, in the version behind D4RL's numbers.
 
 Kumar, Fu, Tucker & Levine, "Stabilizing Off-Policy Q-Learning via Bootstrapping Error Reduction", arXiv 1906.00949.
-Notes: Policy Constraints (软约束) › BEAR. ("Subset is enough" is true of MMD with a few samples, as in (E3): with all of them
-it is zero for equal distributions only. tests/test_bear.py shows both by running code.)
+Notes: Policy Constraints (软约束) › BEAR. ("Subset is enough" is true of MMD with a few samples, as in (E3); with
+infinitely many it is zero for equal distributions only. tests/test_bear.py shows both by running code.)
 
 A target may only ask Q about actions that the data could hold, but their density there should not matter: a good action
 may be rare. So BEAR compares a few actions of the policy with a few of a VAE of the data, by the maximum mean discrepancy, MMD,
@@ -32,10 +32,10 @@ are 5, from noise clipped to ±½; h = 10 (Laplacian) or 20 (Gaussian); no bound
 10⁻³ for every learning rate; log α from a random start, or, by its script's default, α = 100, fixed.
 
 Run:     python algorithms/bear.py --env hopper-medium
-Expect:  hopper-medium 13.7 (the data 44, BC 47 and 54), after 20,000 updates, 4,000 of them without Q: a twentieth of the
-         default, seed 0. Far below BC because π is not yet where the VAE is: its decoder alone, with z = 0, is worth 57 in 20
-         episodes, the mean of π is 0.12 away from it before tanh (σ is 0.08), the MMD is 0.11 and not ε, α at its upper bound
-         e¹⁰ since about update 6,000, and Q without a say but in (E8).
+Expect:  hopper-medium 13.7 (the data 44, BC 47 and 54), after 20,000 updates, 4,000 of them without Q: a 25th of the
+         default, and a tenth of its warm-up; seed 0. Far below BC because π is not yet where the VAE is. The decoder alone,
+         with z = 0, is worth 57 in 20 episodes; the mean of π is still 0.12 away from it before tanh (σ is 0.08), the MMD is
+         0.11, above ε, and so α has been at its upper bound e¹⁰ since about update 6,000: there Q matters in (E8) only.
          pendulum-medium-replay (the data −1148): −187 after 8,000 updates, with a small VAE (tests/test_learning.py).
 """
 import copy
@@ -69,7 +69,7 @@ class Args:
     out: str = "runs"  # folder for results
     resume: bool = False  # go on from the last checkpoint
     # optimisation
-    vae_lr: float = 3e-4  # Adam [C bear_hdf5_d4rl.py]
+    vae_lr: float = 3e-4  # Adam [C bear.py]
     actor_lr: float = 1e-4  # Adam [C bear_hdf5_d4rl.py]
     critic_lr: float = 3e-4  # Adam [C bear_hdf5_d4rl.py]
     multiplier_lr: float = 1e-3  # Adam, for log α [C bear.py]
@@ -78,7 +78,7 @@ class Args:
     # BEAR
     num_samples: int = 10  # N in (E2), actions per next observation [C bear.py]
     min_weight: float = 0.75  # λ in (E2): 1 is the minimum of the critics, ½ their mean [C bear.py]
-    num_mmd_samples: int = 4  # actions of the policy, and of the VAE, in (E3) [C bear_hdf5_d4rl.py]
+    num_mmd_samples: int = 4  # actions of the policy, and of the VAE, in (E3) [C bear.py]
     kernel: Literal["gaussian", "laplacian"] = "gaussian"  # k in (E3); TUNED has others [C bear_hdf5_d4rl.py]
     bandwidth: float = 50.0  # h in (E3), not squared; TUNED has others [C bear_hdf5_d4rl.py]
     max_mmd: float = 0.05  # ε in (E4), (E5) [C bear_hdf5_d4rl.py]
@@ -200,7 +200,7 @@ def vae_loss(vae: VAE, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     """(E1); also its two parts, the cloning error and the KL divergence. Here z is not clipped: that is for sampling."""
     mean, log_std = vae.encode(batch.obs, batch.action)
     z = mean + log_std.exp() * torch.randn_like(mean)
-    # (E1) a sum over latents in place of the mean would weigh L times as much, and the decoder would ignore z
+    # (E1) a sum over latents would weigh L times as much, and the decoder ignore z even where the data vary widely
     cloning = (torch.tanh(vae.decode(batch.obs, z)) - batch.action).pow(2).mean()
     kl = (0.5 * (mean.pow(2) + (2 * log_std).exp() - 1) - log_std).mean()
     return cloning + 0.5 * kl, cloning.detach(), kl.detach()

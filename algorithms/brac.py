@@ -17,16 +17,17 @@ where the policy will have to leave the data later. All rests on b: where the cl
   (E7) L_π = E_D[ w D(s) − min_k Q_k(s, ã) ],  ã ~ π(·|s);  during the warm start without Q
   (E8) Q̄ ← Q̄ + rate · (Q − Q̄)
 
-(E2), (E3) are done with before the first update. (E4) estimates KL(π ‖ b) and may come out negative; its samples are its own.
+The clone, (E2) and (E3), is finished before the first update, and each update begins with (E8), as in the official code.
+(E4) estimates KL(π ‖ b) and may come out negative; its samples are its own.
 
 Shapes: B batch, S observation, A action, K = 2 critics, N samples. d is terminated: a truncated episode bootstraps.
 Observations are raw, actions lie in [-1, 1]; the actor converts them to the environment's units.
 
 Settings are those of D4RL's evaluation (Farama-Foundation/D4RL-Evaluations, brac/), whose scores are the ones quoted; the
 authors' own code (google-research) has w = 0.1, a tenfold actor_lr, 300,000 steps of cloning, and the value penalty on.
-Differences from both:
+Differences (D1 and the float64 of D4 from D4RL's code, the rest from both):
   D1 D4RL's loader drops each row that terminates and stops the bootstrap one row before it, bootstraps across time limits into
-     the next episode, and keeps the first million rows: of medium-expert, about the medium half. Ours does none of this.
+     the next episode, and keeps the first million rows, so only part of medium-expert. Ours does none of this.
   D2 Target critics start as copies, not as other random networks; PyTorch's default initialisation, not Keras's.
   D3 (E3) takes the sample of (E2), not a new one; α is kept ≥ 0 by a clamp, not by a rectifier with its own gradient.
   D4 The policy's entropy bonus, 0 there, and learning w, off there, are left out. Critics are float32; D4RL's are float64.
@@ -185,8 +186,9 @@ def td_target(actor: Actor, behavior: Actor, critic_target: Critic, batch: Batch
     """(E5): the regression target y, (B,)."""
     next_policy = actor(batch.next_obs)
     next_action, _ = sample_action(*next_policy)
-    # (E5) the one line by which BRAC-v differs from BRAC-p
+    # (E5)
     next_value = critic_target(batch.next_obs, next_action).min(dim=0).values
+    # (E5) the one line by which BRAC-v differs from BRAC-p
     if args.value_penalty:
         next_value = next_value - args.divergence_weight * divergence(next_policy, behavior(batch.next_obs), args.num_samples)
     return batch.reward + args.gamma * (1 - batch.terminated) * next_value

@@ -22,20 +22,22 @@ Observations are raw, actions lie in [-1, 1]; the actor converts them to the env
 
 Differences. The paper's code (deepmind/acme, TensorFlow) has residual blocks, LSTMs, a mixture of five Gaussians, a critic of
 21 atoms on [0, 100], the range of its tasks' returns, and gradients clipped at norm 40. We follow acme's later JAX version,
-  D1 but for its critic's loss: it subtracts (B,) from (B, 1), so that each Q learns the whole batch's mean target. And no ½.
+  D1 but for its critic's loss: it adds rewards (B,) to Q̄ (B, 1), so that each Q learns the batch's mean reward. And no ½.
   D2 a Gaussian around tanh of a mean [d3rlpy], as in iql.py; JAX's tanh of a Gaussian has infinite log π at |a| = 1.
   D3 Batches of 256, as in the paper's code; JAX's example has 64.
   D4 It acts with the policy's mean; JAX with the target policy's mode, the paper's code draws among samples by softmax of Q.
   D5 PyTorch's default initialisation, as in the other files here.
-  D6 Two critics, their minimum and layer norms [offbench]; the paper's code has one, with norms, on atoms with a bound. JAX's
-     single plain critic does not hold on hopper-medium-replay, where no discounted return exceeds 342: its mean Q was 6,300
-     after 58,000 updates, that of two without norms 1,100 after 30,000.
+  D6 Two critics, their minimum and layer norms [offbench; there before ReLU, here after, as in rebrac.py]; the
+     paper's code has one, with norms, on atoms with a bound. JAX's single plain critic does not hold on
+     hopper-medium-replay, where no discounted return exceeds 342: its mean Q was 6,300 after 58,000 updates, that of two
+     without norms 1,100 after 30,000.
 
 Run:     python algorithms/crr.py --env hopper-medium
          python algorithms/crr.py --env hopper-medium --weighting binary
 Expect:  hopper-medium 90.7 (the data 44, BC 47 and 54), hopper-medium-replay 57.3 (the data 15, BC 18), after 100,000 updates,
-         seed 0, in half an hour on a core; on the latter evaluations swing between 24 and 86. pendulum-medium-replay (the data
-         −1148): −420 and −513 after 8,000 updates with its end-to-end test's settings, −1044 at best without D6.
+         seed 0, in half an hour on a core; on the latter evaluations swing between 24 and 86 once they are above 20.
+         pendulum-medium-replay (the data −1148): −420 and −513 after 8,000 updates, otherwise with its end-to-end test's
+         settings, −1044 at best without D6.
 """
 import copy
 import math
@@ -75,7 +77,7 @@ class Args:
     # CRR
     weighting: Literal["exp", "binary"] = "exp"  # which of (E4) [P][C jax/crr/losses.py]
     num_samples: int = 4  # N in (E3) [C jax/crr/losses.py]
-    beta: float = 1.0  # β in (E4), larger clones more; of use with exp only, as the next [C jax/crr/losses.py]
+    beta: float = 1.0  # β in (E4), larger clones more; used by exp only, like max_weight [C jax/crr/losses.py]
     max_weight: float = 20.0  # w_max in (E4) [C jax/crr/losses.py]
 
 

@@ -30,9 +30,9 @@ Differences from the paper and its official code (ikostrikov/implicit_q_learning
 Run:     python algorithms/iql.py --env hopper-medium
 Expect:  hopper-medium 66.6 (the data 44, BC 47 and 54), hopper-medium-replay 39.3 (the data 15, BC 18), after 100,000 updates,
          seed 0; its paper has 66 and 95 after 1M. Evaluations on hopper-medium swing between 20 and 83: results/curves/.
-         pendulum-random (the data −1218): −163 and −214 in 6,000 short updates, seeds 0 and 2 (tests/test_learning.py).
-         pendulum-medium-replay (the data −1148): from −503 to −1409, by seed and setting, no reliable gain: seed 2's policy
-         ends in spinning at full speed, where 743 of these 20,000 rows are, and 2,105 of pendulum-random's.
+         pendulum-random (the data −1218): −163 and −214 after 6,000 updates, seeds 0 and 2, otherwise as its test.
+         pendulum-medium-replay (the data −1148): from −503 to −1409, by seed and setting: no reliable gain. Seed 2's policy
+         spins the pendulum at full speed for ever; 743 of these 20,000 rows are that fast, 2,105 of pendulum-random's.
 """
 import copy
 import math

@@ -227,7 +227,7 @@ def vae_loss(vae: VAE, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     """(E1); also its two parts, the cloning error and the KL divergence. Here z is not clipped: that is for acting only."""
     mean, log_std = vae.encode(batch.obs, batch.action)
     z = mean + log_std.exp() * torch.randn_like(mean)
-    # (E1) a sum over latents in place of the mean would weigh L times as much, and the decoder would ignore z
+    # (E1) a sum over latents would weigh L times as much, and the decoder ignore z even where the data vary widely
     cloning = (torch.tanh(vae.decode(batch.obs, z)) - batch.action).pow(2).mean()
     kl = (0.5 * (mean.pow(2) + (2 * log_std).exp() - 1) - log_std).mean()
     return cloning + 0.5 * kl, cloning.detach(), kl.detach()

@@ -5,7 +5,8 @@ Notes: Policy Constraints (软约束); Valuable Github Repo lists it.
 
 First a conditional VAE learns to produce actions as the data have them, as in bcq.py; then it is frozen. The policy says which
 latent to decode, not which action, and may follow Q as far as it likes: whatever it says, the decoder turns it into an action
-that looks like the data's. So the constraint sits in what the policy can express, and no term or weight has to enforce it.
+like the data's, or between two of theirs. So the constraint sits in what the policy can express, and no term or weight has to
+enforce it.
 
   Stage 1, until the VAE is done:
   (E1) L_VAE = E_D[ ‖tanh g(s, z) − a‖² / A + ½ KL ],  z = m(s, a) + σ(s, a)·ε,
@@ -68,12 +69,12 @@ class Args:
     vae_lr: float = 1e-4  # Adam [C main.py]
     actor_lr: float = 1e-4  # Adam, for h [C main.py]; the class's own default is 1e-3
     critic_lr: float = 1e-3  # Adam [C main.py]
-    gamma: float = 0.99  # discount γ [C main.py]
+    gamma: float = 0.99  # discount γ [C algos.py]
     target_rate: float = 0.005  # share of the new weights in (E6) [C main.py]
     # PLAS
     vae_steps: int = 500_000  # gradient updates of stage 1 [C main.py]
     max_latent: float = 2.0  # Z in (E2) [C main.py]
-    min_weight: float = 0.75  # λ in (E3): 1 is the minimum of the critics, ½ their mean [C main.py]
+    min_weight: float = 0.75  # λ in (E3): 1 is the minimum of the critics, ½ their mean [C algos.py]
 
 
 HIDDEN = (400, 300)  # widths of h and critics [C algos.py]
@@ -175,10 +176,10 @@ def mix_critics(q: Tensor, min_weight: float) -> Tensor:
 
 
 def vae_loss(vae: VAE, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """(E1); also its two parts, the cloning error and the KL divergence. Here z is not clipped."""
+    """(E1); also its two parts, the cloning error and the KL divergence."""
     mean, log_std = vae.encode(batch.obs, batch.action)
     z = mean + log_std.exp() * torch.randn_like(mean)
-    # (E1) a sum over latents in place of the mean would weigh L times as much, and the decoder would ignore z
+    # (E1) a sum over latents would weigh L times as much, and the decoder ignore z even where the data vary widely
     cloning = (torch.tanh(vae.decode(batch.obs, z)) - batch.action).pow(2).mean()
     kl = (0.5 * (mean.pow(2) + (2 * log_std).exp() - 1) - log_std).mean()
     return cloning + 0.5 * kl, cloning.detach(), kl.detach()

@@ -25,6 +25,7 @@ Differences from the official code (tinkoff-ai/ReBRAC), which we follow where pa
   D1 β₂ of hopper-medium and hopper-expert is the code's, 0.01 and 0.1; the paper's table has 0.001 for both.
   D2 A row that has no a′, because a time limit or the file ends there, is left out, as in the code; but of D4RL files without
      next observations, where the loader has already left out such rows, this costs one row more per episode.
+  D3 For data that TUNED does not name both weights are hopper-medium's, 0.01; the code's default is 1.
 
 Run:     python algorithms/rebrac.py --env hopper-medium
 Expect:  no long run yet. pendulum-medium-replay (the data −1148, a clone the same): −671, −330, −601 after 2,000 updates with
@@ -69,8 +70,8 @@ class Args:
     noise_clip: float = 0.5  # c in (E1) [C rebrac.py]
     policy_delay: int = 2  # critic updates per update of actor and targets [C rebrac.py]
     # ReBRAC
-    actor_penalty: float = 0.01  # β₁ in (E5), larger clones more; suite datasets have their own in TUNED [C configs/rebrac]
-    critic_penalty: float = 0.01  # β₂ in (E2); suite datasets have their own in TUNED [C configs/rebrac] [D1]
+    actor_penalty: float = 0.01  # β₁ in (E5), larger clones more; suite datasets have their own in TUNED [D3]
+    critic_penalty: float = 0.01  # β₂ in (E2); suite datasets have their own in TUNED [D3]
 
 
 TUNED = {  # chosen by the authors for each dataset, over a grid, by its score [C configs/rebrac] [D1]

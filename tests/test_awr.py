@@ -332,11 +332,14 @@ def test_the_optimizers_are_sgd_with_momentum(monkeypatch):
     assert seen == [[(torch.optim.SGD, 0.2, 0.4), (torch.optim.SGD, 0.3, 0.4)]]
 
 
-@pytest.mark.parametrize("steps", ["value_steps", "actor_steps"])
-def test_a_round_without_a_turn_is_refused(monkeypatch, capsys, steps):
+@pytest.mark.parametrize("setting, complaint", [
+    (dict(value_steps=0), "must be at least 1"), (dict(actor_steps=0), "must be at least 1"),
+    (dict(gamma=1.0), "--gamma must be"),  # (1 - γ) divides and multiplies
+])
+def test_a_round_without_a_turn_and_no_discount_are_refused(monkeypatch, capsys, setting, complaint):
     with pytest.raises(SystemExit) as stop:
-        silent_train(monkeypatch, awr, tiny_data(), steps=2, batch_size=4, **{steps: 0})
-    assert stop.value.code == 2 and "must be at least 1" in capsys.readouterr().err
+        silent_train(monkeypatch, awr, tiny_data(), **dict(steps=2, batch_size=4) | setting)
+    assert stop.value.code == 2 and complaint in capsys.readouterr().err
 
 
 # ---- unlike cloning

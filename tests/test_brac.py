@@ -222,6 +222,14 @@ def test_a_policy_that_is_the_clone_has_no_divergence():
     assert_close(divergence(actor(obs), actor(obs), 4), torch.zeros(4), 1e-7)
 
 
+def test_at_the_clone_the_divergence_has_no_slope():
+    """KL(π ‖ b) is smallest at π = b: one sample's gradient is noise, that of many is zero; elsewhere it is (μ − μ_b)/σ²."""
+    for shift in (0.0, 0.5):
+        mean = torch.full((1, 1), 0.3 + shift, requires_grad=True)
+        divergence((mean, torch.zeros(1, 1)), gaussian(0.3, 1.0), 100_000).backward()
+        assert abs(mean.grad.item() - shift) < 0.03
+
+
 def test_divergence_is_finite_at_the_bounds():
     """tanh(±30) rounds to ±1: log π comes from u, b sees 0.999."""
     policy = gaussian(30.0, 0.01)

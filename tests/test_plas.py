@@ -299,7 +299,7 @@ def test_ctrl_c_in_stage_1_saves_at_once(monkeypatch):
 # ---- two modes, and the gap between them
 
 
-def learn_between_two_modes(monkeypatch, reward, **args):
+def learn_between_two_modes(monkeypatch, reward):
     """One state, for ever; half the data's actions are −0.8 and half 0.8. What others earn, nobody knows."""
     for name in ("HIDDEN", "VAE_HIDDEN"):
         monkeypatch.setattr(plas, name, (32, 32))
@@ -311,14 +311,17 @@ def learn_between_two_modes(monkeypatch, reward, **args):
     columns.reward[:] = reward(columns.action[:, 0])
     data.action_mid, data.action_half = torch.zeros(1), torch.ones(1)
     run = silent_train(monkeypatch, plas, data, steps=200, vae_steps=500, batch_size=32, gamma=0.5, target_rate=0.2,
-                       vae_lr=5e-3, actor_lr=5e-3, critic_lr=5e-3, **args)
-    return run.actor
+                       vae_lr=5e-3, actor_lr=5e-3, critic_lr=5e-3)
+    return run
 
 
 @pytest.mark.parametrize("better", [1, -1])
 def test_it_finds_the_better_mode_where_a_clone_would_average(monkeypatch, better):
-    """r = ±a, so a clone's 0 earns nothing and an unconstrained policy leaves for ±1; PLAS settles on the better mode."""
-    actor = learn_between_two_modes(monkeypatch, lambda action: better * action)
+    """r = ±a, so a clone's 0 earns nothing, and Q, never told what ±1 brings, is largest there: an unconstrained policy leaves
+    for it. PLAS settles on the better mode."""
+    run = learn_between_two_modes(monkeypatch, lambda action: better * action)
+    actor, anything = run.actor, torch.linspace(-1, 1, 101)[:, None]
+    assert better * anything[run.state["critic"](torch.zeros(101, 3), anything)[0].argmax()] > 0.99
     assert 0.6 < better * actor.act(torch.zeros(1, 3)).item() < 0.95
     z = 4 * torch.rand(1000, 2) - 2
     decoded = torch.tanh(actor.vae.decode(torch.zeros(1000, 3), z))[:, 0].abs()

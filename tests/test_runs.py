@@ -160,6 +160,8 @@ def test_every_bad_setting_gets_one_line(minari_root, tmp_path):
     assert "near are hopper-medium" in error("td3_bc", quick=["--env", "hoper-medium"])
     assert "--steps must be at least 1" in error("bc", "--steps", "0")
     assert "there is no" in error("bc", "--steps", "10", "--resume")
+    assert "--policy-delay must be at least 1" in error("rebrac", "--policy-delay", "0")
+    assert "--num-samples must be at least 1" in error("crr", "--num-samples", "0")
     assert "--top-fraction" in error("bc", "--top-fraction", "0")
     assert "a body" in error("sac", "--online", quick=["--env", "hopper-medium"])
     assert "discrete actions" in error("sac", "--online", quick=["--env", "cartpole"])
