@@ -19,9 +19,9 @@ importance weight, and the gradient of π is the on-policy one, although nobody 
 
 By default this is not the objective above, nor is the authors' code: with κ = 0.05, nearly all of the backup is a constant for
 the gradient of Q, as in Q-learning. Then f′(e) d^D = w (1 − γ) Σ_t (κγ)^t p_t at rest, p_t what π visits after t steps: 1.05
-steps of weight in place of 1 / (1 − γ). What drives such a Q is fitting e = 0. `--online-share 1` is the objective, its full
-gradient and no Q̄. (Its price: f(e) of one s′ and ã′ is above f of the mean e, which duality asks for: fine only where the
-next step is certain.)
+steps of weight in place of 1 / (1 − γ). What drives such a Q is fitting e = 0. `--online-share 1` is the objective, but for
+the entropy, L_⊥ and the clip of f′: its full gradient and no Q̄. (Its price: f(e) of one s′ and ã′ is above f of the mean e,
+which duality asks for: fine only where the next step is certain.)
 
 Shapes: B batch, S observation, A action, K = 2 critics. d is terminated: a truncated episode bootstraps.
 Observations are raw, actions lie in [-1, 1]; the actor converts them to the environment's units.

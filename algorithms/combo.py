@@ -25,7 +25,7 @@ Differences: no official code exists; where the paper leaves a choice we follow 
   D1 (E8) is a sum over all 3N actions; there, a reshape without effect leaves the mean of N log-sums over 3.
   D2 (E9) pushes down in imagined states alone, as the paper's ρ does; there by default in the whole batch's.
   D3 Q, π, α, targets in this order, as in cql.py; there π and α come first, and the actor's learning rate decays to 0.
-  D4 The model as in mopo.py, D3 to D5. The squared error has no ½ [OfflineRL-Kit]; with the paper's, β would be half as large.
+  D4 Falls are Gymnasium's; the model has dynamics_epochs at most. No ½ in (E9) [OfflineRL-Kit]: with it, β would be half.
 
 Run:     python algorithms/combo.py --env hopper-medium
 Expect:  no long run yet. pendulum-medium-replay (the data −1148, a clone the same): −147, −148, −173 after 2,000 updates in a

@@ -4,9 +4,10 @@ Chen, Lu, Rajeswaran, Lee, Grover, Laskin, Abbeel, Srinivas & Mordatch, "Decisio
 Sequence Modeling", NeurIPS 2021, arXiv 2106.01345.
 Notes: Step By Step: SOTA1 — DT; and Offline RL的研究热点, which calls it striking. This file is their walk-through.
 
-Every other file here learns what an action is worth. DT learns no value, bootstraps nothing and has no target network: it
-writes each episode as a sentence, "return still to come, observation, action, return still to come, ...", and learns to say
-the action, by plain regression. To act, one begins the sentence with the return one would like to have, and lets it go on.
+Every other file here but bc.py learns what an action is worth. DT learns no value, bootstraps nothing and has no target
+network: it writes each episode as a sentence, "return still to come, observation, action, return still to come, ...", and
+learns to say the action, by plain regression. To act, one begins the sentence with the return one would like to have, and lets
+it go on.
 
   (E1) R̂_t = Σ_{u ≥ t} r_u / scale,  to the end of the episode, not discounted: the return-to-go
   (E2) a window: the K steps from t on, t uniform over all rows of the data; where the episode ends sooner, padded on the left

@@ -6,7 +6,7 @@ Notes: Uncertainty-Based › Bootstrap ensembles, Ensemble-DQN. (They find the c
 answer.)
 
 SAC-N is SAC with N critics in place of two. The minimum over them is a lower confidence bound: at actions that the data lack,
-the critics disagree, and the smallest is far below the mean. It takes up to hundreds, as critics that learn the same targets
+the critics disagree, and the smallest is far below the mean. Up to hundreds are needed, as critics that learn the same targets
 slope the same way beside the data. EDAC makes them slope differently, by a penalty on the cosines between their gradients, and
 needs ten to fifty.
 
@@ -36,7 +36,7 @@ Differences from the official code (snu-mllab/EDAC):
 Run:     python algorithms/edac.py --env hopper-medium
          python algorithms/edac.py --env hopper-medium --diversity-weight 0 --num-critics 500
 Expect:  no long run yet. pendulum-medium-replay (the data −1148): −798 after 3,000 updates with --num-critics 5 --batch-size 64
-         --critic-lr 1e-3 --target-rate 0.02, seed 0; faster settings diverge.
+         --critic-lr 1e-3 --target-rate 0.02, seed 0 (one action dimension, so this is SAC-N); faster settings diverge.
 """
 import copy
 import math
@@ -73,7 +73,7 @@ class Args:
     gamma: float = 0.99  # discount γ [C sac.py]
     target_rate: float = 0.005  # share of the new weights in (E8) [C sac.py]
     # EDAC
-    num_critics: int = 10  # N; EDAC's per dataset are in TUNED; SAC-N's are 10, walker2d 20, hopper 200 to 500 [C sac.py]
+    num_critics: int = 10  # N; TUNED has EDAC's. SAC-N's, to be given: 10, walker2d 20, hopper 200 to 500 [C CORL sac_n]
     diversity_weight: float = 1.0  # η in (E5), 0 is SAC-N; suite datasets have their own in TUNED [C CORL configs/edac]
 
 

@@ -4,10 +4,10 @@ Le, Voloshin & Yue, "Batch Policy Learning under Constraints", ICML 2019, arXiv 
 Fu et al., "Benchmarks for Deep Off-Policy Evaluation", DOPE, ICLR 2021, arXiv 2103.16596, "FQE-L2".
 Notes: references (Levine et al.'s survey, which calls it off-policy evaluation).
 
-Who may not try his policies can't choose among them by trying either. FQE fixes a policy and learns its Q from the data as
-Q-learning does, with the policy's own next action in place of the best one: no maximum, no importance weights. The value at
-the data's first observations is the estimate. It inherits what is wrong with any Q where the policy leaves the data, so the
-order of several policies is worth more than the numbers; here the order is compared with what rollouts gave.
+If you may not run your policies, you can't choose among them by running them. FQE fixes a policy and learns its Q from the
+data as Q-learning does, with the policy's own next action in place of the best one: no maximum, no importance weights. The
+value at the data's first observations is the estimate. It inherits what is wrong with any Q where the policy leaves the data,
+so the order of several policies is worth more than the numbers; here the order is compared with what rollouts gave.
 
 All P policies are judged at once, by P networks on the same batches. C stands for (1 − γ) Q, a mean of rewards, which does not
 grow with the horizon. Rewards are divided by their root mean square beforehand.
@@ -29,7 +29,8 @@ Differences from DOPE's code (google-research/policy_eval, q_fitter.py), which w
      episode terminates. Ours is defined for a constant reward too.
   D3 Stochastic policies are judged as their `act` has them, by their mean or mode; DOPE's runs do so too.
   D4 No bootstrap over episodes, and no copies with noise on the reward: both are off in DOPE's runs.
-V̂ is discounted and has no time limit, the returns of rollouts have neither: compare ranks, not levels.
+  D5 (E2) is in units of C; there it is in those of Q, 1 / (1 − γ)² as large. Adam does not mind a factor.
+V̂ is discounted and knows no time limit, rollouts are not discounted and stop at one: compare ranks, not levels.
 
 Run:     python algorithms/fqe.py --env hopper-medium --policies runs/*/hopper-medium/seed0/policy.pt
 Expect:  no long run yet. Of six policies on pendulum-medium-replay it found the true order (Spearman 1.0, seeds 0 and 1) with
@@ -117,7 +118,6 @@ def load_policy(path: Path, data: Dataset) -> nn.Module:
         actor.load_state_dict(saved["actor"])
     except Exception as error:  # no file, another kind of file, an algorithm whose file is not here
         check(False, f"can't load the policy {path}: {type(error).__name__}, {error}")
-    check(not hasattr(actor.act, "record"), f"{path} has a memory, its action is no function of the observation: leave it out")
     return actor.to(data.device)
 
 
@@ -219,7 +219,12 @@ def train(args: Args) -> None:
              for path in (sorted(given.rglob("policy.pt")) if given.is_dir() else [given])]
     check(paths, f"--policies: there is no policy.pt in {', '.join(args.policies)}")
     data = load_dataset(args.env, args.device)
-    actors = [load_policy(path, data) for path in paths]
+    actors = {path: load_policy(path, data) for path in paths}
+    for path in [path for path, actor in actors.items() if hasattr(actor.act, "record")]:
+        print(f"left out: {path} has a memory, its action is no function of the observation")
+        del actors[path]
+    check(actors, "--policies: no policy is left")
+    paths, actors = list(actors), list(actors.values())
     returns = [float(np.mean(rollout_returns(path, actor, data, args))) for path, actor in zip(paths, actors)]
     torch.manual_seed(args.seed)
     folder = Path(args.out) / "fqe" / args.env.removesuffix(".hdf5").replace("/", "_") / f"seed{args.seed}"

@@ -89,7 +89,7 @@ class Args:
 HIDDEN = (400, 300)  # widths of perturbation, critics and models [C BCQ.py]
 VAE_HIDDEN = (750, 750)  # [C BCQ.py]
 VAE_LOG_STD_MIN, VAE_LOG_STD_MAX = -4.0, 15.0  # [C BCQ.py]
-LATENT_CLIP = 0.5  # in (E2): what less than a third of the data do is hardly ever proposed, however good [C BCQ.py]
+LATENT_CLIP = 0.5  # in (E2): actions far from the middle of the prior are hardly ever proposed [C BCQ.py]
 ACT_SAMPLES = 100  # N in (E12) [C BCQ.py]
 MODEL_LOG_STD_MIN, MODEL_LOG_STD_MAX = -5.0, 2.0  # of ς in (E5), in shares of the data's spread [=]
 

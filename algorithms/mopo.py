@@ -22,12 +22,12 @@ Shapes: B batch, S observation, A action, M = 7 networks of the model, K = 2 cri
 bootstraps. Observations are raw, actions lie in [-1, 1]; the actor converts them to the environment's units.
 
 Differences from the paper and the official code (tianheyu927/mopo):
-  D1 10,000 starts a rollout; the code's 50,000 would take a third of a CPU's time, to draw each imagined row once, not 5 times.
+  D1 10,000 starts per rollout; the code's 50,000 would take a third of a CPU's time, to draw each row once, not 5 times.
   D2 H̄ = −dim(A) [OfflineRL-Kit], not −3 for every body; no spectral norm, which the paper tells of and the code lacks.
   D3 The model has dynamics_epochs at most; the code waits for (E3) alone, which takes hours with a million transitions.
   D4 A termination's next state is the real one; the code's loader has the next episode's first there, and fits the jump.
   D5 Hopper's |s′| < 100 holds on both sides; in the code a misplaced parenthesis leaves the upper one.
-  D6 Q, π, α, targets one after the other; targets start as copies; PyTorch's initialisation of actor and critics, as in sac.py.
+  D6 Q, π, α, targets one after the other; targets start as copies; PyTorch's initialisation, and no ½ in (E9), as in sac.py.
 
 Run:     python algorithms/mopo.py --env hopper-medium
 Expect:  no long run yet. pendulum-medium-replay (the data −1148, a clone the same): −486, −430, −275 after 3,000 updates in a
@@ -79,7 +79,7 @@ class Args:
 
 
 TUNED = {f"{body}-{level}": dict(horizon=horizon, penalty_weight=weight) for body, best in {  # for v0's data [P Table 6]
-    "halfcheetah": ((5, 0.5), (1, 1.0), (5, 1.0), (5, 1.0)),  # random, medium, medium-replay, medium-expert
+    "halfcheetah": ((5, 0.5), (1, 1.0), (5, 1.0), (5, 1.0)),  # random, medium, medium-replay, medium-expert (code: λ 5)
     "hopper": ((5, 1.0), (5, 5.0), (5, 1.0), (5, 1.0)),
     "walker2d": ((1, 1.0), (5, 5.0), (1, 1.0), (1, 2.0)),
 }.items() for level, (horizon, weight) in zip(LEVELS, best)}

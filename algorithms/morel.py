@@ -26,12 +26,13 @@ Differences from the paper and the official code (aravindr93/mjrl, branch v2):
   D1 The planner is SAC [as in unifloral], there natural policy gradient after cloning, γ = 0.999. So rollouts are many, short,
      and from all states of the data, there 400–500 steps from the first ones. 5% of a batch is real.
   D2 HALT pays for ever, as the paper defines it; its experiments stop a path with one reward, the data's least minus 30 to 200,
-     and its code adds 0. With κ from the data nothing is worth less than HALT, where one −65 is more than most of pendulum.
+     and its code adds 0. With κ from the data nothing is worth less than HALT, where one −65 beats most of pendulum's returns.
   D3 An unknown pair itself earns −κ as well [experiments], not r [definition]: its r̂ is as unknown as its ŝ′.
   D4 The reward is learnt; the paper's is known, which is easier [mjrl issue 42].
   D5 β is 5 for all; the paper tries steps of 5 in the real environment, the code has a third of the largest disc.
-  D6 25 epochs at 1e-3 [code, hopper-medium], there 300 at 5e-4; 512 units for halfcheetah too, there 1024.
+  D6 25 epochs at 1e-3 [code, hopper-medium], there 300 (halfcheetah 3000) at 5e-4; 512 units for halfcheetah too, there 1024.
   D7 disc is in the observation's units, σ_y a standard deviation [paper]; the code scales speeds by 0.02, by mean deviations.
+  D8 Bodies are Gymnasium's; there the speed of the centre of mass is observed too, and hopper's bounds are narrower.
 
 Run:     python algorithms/morel.py --env hopper-medium
 Expect:  no long run yet. pendulum-medium-replay (the data −1148, a clone the same): −526, −587, −420 after 3,000 updates.
@@ -235,7 +236,7 @@ def imagine(args: Args, data: Dataset, dynamics: Dynamics, actor: Actor) -> Tens
         # (E5)
         y = y[network, torch.arange(len(obs), device=obs.device)]
         next_obs = obs + y[:, :-1]
-        # (E6) HALT's value is known, so no network has to learn it; it comes before a fall, which would only cost the rest
+        # (E6) HALT's value is known, so no network has to learn it; a pair that is unknown and falls is unknown
         reward, terminated = torch.where(unknown, worst, y[:, -1]), FALLS[data.env_id](next_obs) | unknown
         rows.append(torch.cat([obs, action, next_obs, reward[:, None], terminated[:, None]], dim=1))
         obs, network = next_obs[~terminated], network[~terminated]

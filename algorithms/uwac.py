@@ -32,8 +32,8 @@ lets Q change by 1.24 per unit of (s, a) at most. In 1200 updates on pendulum-ra
 weight fell to 0.18, ‖W‖₂ alone made squared TD errors 13 times BEAR's, and the policy got no better than its data; BEAR's did.
 
 Differences from the official code (apple/ml-uwac, whose script imports a file that it lacks), which we follow:
-  D1 T = 10, not 100: such an update costs as much as one of CQL, 12 GFLOP, and 90 with 100, which a CPU does in seconds. With
-     10, half as large and half as much again are likely errors of V. `--passes 100` is the released one.
+  D1 T = 10, not 100: such an update needs as many operations as one of CQL, 12 GFLOP, and 90 with 100, which a CPU does in
+     seconds. With 10, V is typically off by half its size. `--passes 100` is the released one.
   D2 (E10) uses all units, which comes close to the mean of 100 passes, and the same 100 draws of η in every state, saved with
      the policy. So a saved policy is a function of the observation, and a hundred times faster.
   D3 ‖W‖₂ is followed by one power iteration per update, not by one per forward pass, which would then have a memory.

@@ -62,7 +62,7 @@ def draw(results: list[dict]) -> None:
         axis.axhline(runs[0]["data_best"], color="grey", linestyle="--", linewidth=0.8, label="the data's best")
         axis.axhline(runs[0]["data_mean"], color="grey", linestyle=":", linewidth=0.8, label="the data's mean")
         axis.set(title=f"{env}, {runs[0]['steps']:,} updates, {runs[0]['episodes']} episodes each",
-                 xlabel="return asked for", ylabel="return achieved, mean ± std", ylim=axis.get_ylim())
+                 xlabel="return asked for", ylabel="return achieved, mean ± std")
         axis.legend()
     figure.tight_layout()
     figure.savefig(HERE / "asked.png", dpi=110)

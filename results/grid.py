@@ -17,9 +17,9 @@ DISCRETE = ("cartpole-replay", "cartpole-medium", "acrobot-replay", "acrobot-med
 GRID = [  # (name, script and its arguments)
     *[("bc", f"bc.py --env {env} --steps 100000") for env in MUJOCO],
     *[(name, f"{name.split('-')[0]}.py --env {env} --steps {steps}") for env in HOPPER for name, steps in (  # half an hour each
-        ("td3_bc", "100000"), ("iql", "100000"), ("crr", "100000"), ("awr", "1000000 --eval-every 50000"),
+        ("td3_bc", "100000"), ("iql", "100000"), ("crr", "100000"), ("awac", "100000"), ("awr", "1000000 --eval-every 50000"),
         ("brac-p", "80000 --behavior-steps 50000"), ("plas", "80000 --vae-steps 50000"),
-        ("awac", "36000 --eval-every 2000"), ("bcq", "28000 --eval-every 2000"), ("rebrac", "24000 --eval-every 2000"),
+        ("bcq", "28000 --eval-every 2000"), ("rebrac", "24000 --eval-every 2000"),
         ("bear", "20000 --warm-up-steps 4000 --eval-every 2000"))],
     ("sac", "sac.py --env hopper-medium --steps 100000"),
     ("cql", "cql.py --env hopper-medium --steps 20000 --eval-every 1000"),  # as many as an hour on one core allows

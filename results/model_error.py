@@ -3,10 +3,10 @@
     python results/model_error.py --model runs/mopo/hopper-medium/seed0-model-*.pt runs/morel/hopper-medium/seed0-model-*.pt
 
 Fresh episodes are played by the dataset's own policies, by its body's expert and at random. Left: the model starts in one of
-their states, is told their actions, and is compared with what really happened k steps later; one of its networks throughout,
-without noise. Right: its error after one step against how uncertain it says that it is, which MOPO and MOReL live on.
-Errors are in units of the spread of the data: √ of the mean over coordinates of ((ŝ − s) / std(s))², after one step of
-((ŝ′ − s′) / std(s′ − s))², where 1 is what guessing the mean change would give.
+their states, is told their actions, and is compared with what really happened k steps later, where the episode lasts so long;
+one of its networks throughout, without noise. Right: its error after one step against how uncertain it says that it is, which
+MOPO and MOReL live on. Errors are in units of the spread of the data: √ of the mean over coordinates of ((ŝ − s) / std(s))²,
+after one step of ((ŝ′ − s′) / std(s′ − s))², where 1 is what guessing the mean change would give.
 """
 import argparse
 import importlib
@@ -48,7 +48,8 @@ def segments(body: str, snapshots: list, data) -> tuple[torch.Tensor, torch.Tens
 @torch.no_grad()
 def judge(path: Path) -> dict:
     """The errors of one model: by kind of episode, after k steps, and after one step beside its own uncertainty."""
-    algorithm, env = path.resolve().parts[-3:-1] if path.exists() else ("", "")
+    mode, env = path.resolve().parts[-3:-1] if path.exists() else ("", "")
+    algorithm = mode.split("-")[0]  # mopo-no-penalty is of mopo.py
     check(algorithm in ("mopo", "combo", "morel"), f"{path} is no model of mopo.py, combo.py or morel.py")
     module, data = importlib.import_module(algorithm), load_dataset(env, "cpu")
     dynamics = module.Dynamics(data.obs_dim, data.action_dim)
@@ -57,7 +58,8 @@ def judge(path: Path) -> dict:
     rows, body = data.columns(data.packed), env.split("-")[0]
     scale, change_scale = rows.obs.std(dim=0), (rows.next_obs - rows.obs).std(dim=0)
     with np.load(HERE / "behavior" / f"{body}.npz") as saved:
-        levels = json.loads(str(saved["levels"]))
+        levels = json.loads(str(saved["levels"])) | {"random": [None]}
+    levels["medium-expert"] = levels["medium"] + levels["expert"]
     sources = {"the data's policies": levels[env.split("-", 1)[1]], "expert": levels["expert"], "random actions": [None]}
     found = {}
     for source, snapshots in sources.items():
@@ -80,7 +82,7 @@ def judge(path: Path) -> dict:
                              one_step=one_step.numpy().round(4).tolist(), uncertain=uncertain.numpy().round(5).tolist())
         print(f"{algorithm} on {env}, {source}: after 1 step {one_step.median():.3f} of the change's spread; of the states' "
               f"spread {quartiles[1, 0]:.3f} after 1, {quartiles[1, 4]:.3f} after 5, {quartiles[1, 19]:.3f} after 20 steps")
-    return dict(algorithm=algorithm, env=env, sources=found)
+    return dict(algorithm=algorithm, env=env, model=path.stem, sources=found)
 
 
 def draw(results: list[dict]) -> None:
@@ -93,10 +95,10 @@ def draw(results: list[dict]) -> None:
             left.plot(steps, middle, color=color, label=source)
             left.fill_between(steps, low, high, color=color, alpha=0.2)
             right.scatter(errors["uncertain"], errors["one_step"], s=4, color=color, alpha=0.6, label=source)
-        left.set(title=f"{one['algorithm']} on {one['env']}", xlabel="steps k in the model", yscale="log",
-                 ylabel="error / spread of the states\n(median, quartiles)")
+        left.set(title=f"{one['algorithm']} on {one['env']}, {one['model'].split('-')[0]}", xlabel="steps k in the model",
+                 yscale="log", ylabel="error / spread of the states\n(median, quartiles)")
         right.set(title="does it know?", xscale="log", yscale="log", ylabel="error after 1 step / spread of the change",
-                  xlabel="disagreement disc(s, a)" if one["algorithm"] == "morel" else "penalty u(s, a)")
+                  xlabel="disagreement disc(s, a)" if one["algorithm"] == "morel" else "largest ‖σ_m(s, a)‖, MOPO's u")
         left.legend(fontsize=8)
         right.legend(fontsize=8)
     figure.tight_layout()

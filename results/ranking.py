@@ -1,6 +1,6 @@
 """FQE's estimates against what the policies really earn: results/ranking.json, results/ranking.png.
 
-    python algorithms/fqe.py --env hopper-medium --steps 100000 --policies runs/*/hopper-medium/seed*/policy.pt
+    python algorithms/fqe.py --env hopper-medium --steps 100000 --policies runs/*/hopper-medium/seed?/policy.pt
     python results/ranking.py runs/fqe/hopper-medium/seed0/result.json
 
 Left: a point for each policy. Estimates are discounted and know no time limit, so only the order can be compared. Right: how

@@ -485,7 +485,7 @@ def test_the_actors_gradient_is_the_on_policy_gradient(monkeypatch):
     u = torch.atanh(torch.tensor([x, y])).requires_grad_()
     policy = lambda obs: (u[obs[:, :1].long()], torch.full((len(obs), 1), -5.0))
     policy.net = nn.Sequential(nn.Linear(1, 1))  # for the penalty, of weight 0
-    # data: state 0 with π's action twice of 4 rows, state 1 with π's action twice; so d^D = (½, ½), d^π = (½, ¼)
+    # data: each state once, with π's action; so d^D = (½, ½), d^π = (½, ¼)
     batch = tiny_batch([0.0, 1.0], obs_dim=1, action_dim=1)._replace(
         obs=torch.tensor([[0.0], [1.0]]), action=torch.tensor([[x], [y]]), reward=torch.tensor([x, -(y**2)]),
         next_obs=torch.tensor([[1.0], [0.0]]))

@@ -440,3 +440,30 @@ def test_the_minimum_falls_off_the_data_more_with_more_critics_and_with_diversit
                             for num, weight in ((2, 0.0), (20, 0.0), (2, 1.0)))
     assert 0 < two < twenty
     assert diverse > 1.5 * two
+
+
+def test_members_agree_where_all_of_them_are_wrong(monkeypatch):
+    """The notes' "too little diversity": r = −10 ‖a‖², seen for a in [−0.2, 0.2]² alone. Ten networks continue it in the same
+    way, so beside the data their spread is far below their error; only on the data is a member about as wrong as it seems."""
+    monkeypatch.setattr(edac, "HIDDEN", (32, 32))
+    torch.manual_seed(0)
+    data = tiny_data(512)
+    data.packed.zero_()
+    columns = data.columns(data.packed)
+    columns.action.copy_(0.4 * torch.rand(512, 2) - 0.2)
+    columns.reward.copy_(-10 * columns.action.pow(2).sum(dim=1))
+    critic = Critic(3, 2, 10)
+    optimizer = torch.optim.Adam(critic.parameters(), lr=3e-3)
+    for _ in range(600):
+        batch = data.sample(64)
+        edac.descend(edac.critic_loss(critic, batch, batch.reward, 0.0)[0], optimizer)
+    angles = torch.arange(64) * (2 * math.pi / 64)
+    found = {}
+    for radius in (0.1, 0.9):
+        with torch.no_grad():
+            q = critic(torch.zeros(64, 3), radius * torch.stack([angles.cos(), angles.sin()], dim=1))  # (K, 64)
+        found[radius] = float(q.std(dim=0).mean()), float((q + 10 * radius**2).pow(2).mean().sqrt())
+    spread, error = found[0.9]
+    assert error > 1 and spread < error / 3
+    spread, error = found[0.1]
+    assert error < 0.1 and spread > error / 3

@@ -178,9 +178,18 @@ def test_a_chain_with_known_values(monkeypatch, tmp_path, capsys):
 
 
 def test_constant_reward(monkeypatch, tmp_path):
-    """1 for ever is worth 1 / (1 − γ) = 10, whatever the policy; and of one policy alone there is no ranking."""
+    """1 for ever is worth 1 / (1 − γ) = 10, whatever the policy."""
     result = judge(monkeypatch, tmp_path, chain(dict.fromkeys(REWARD, 1.0)), gamma=0.9, steps=1000, weight_decay=0.0)
     np.testing.assert_allclose([one["estimate"] for one in result["policies"]], 10, atol=0.02)
+
+
+def test_where_actions_change_nothing_all_policies_are_worth_the_same(monkeypatch, tmp_path):
+    """Reward and next state depend on the state alone: 1 and 3 in turns, from either state half the time."""
+    data = chain({key: 1.0 + 2 * key[0] for key in REWARD})
+    seen = data.columns(data.packed)
+    seen.next_obs[:] = torch.eye(3)[[1, 1, 0, 0]]
+    result = judge(monkeypatch, tmp_path, data, gamma=0.8, steps=1500, weight_decay=0.0, critic_lr=5e-3)
+    np.testing.assert_allclose([one["estimate"] for one in result["policies"]], 2 / (1 - 0.8), atol=0.01)
 
 
 def test_where_every_step_is_the_last_q_is_the_reward(monkeypatch, tmp_path):
@@ -258,8 +267,21 @@ def test_what_does_not_fit_is_refused_in_one_line(tmp_path, capsys):
                                           (dict(algorithm="ppo"), "No module named 'ppo'"),
                                           (dict(action_dim=2), "size mismatch")]):
         assert message in error(tmp_path / str(i) / save(tmp_path / str(i), bc.Actor(3, 1), **other).split("/")[-1])
-    save(tmp_path / "dt", decision_transformer.Actor(3, 1), algorithm="decision_transformer")
-    assert "has a memory" in error(tmp_path / "dt" / "policy.pt")
+
+
+def test_a_policy_with_a_memory_is_left_out(monkeypatch, tmp_path, capsys):
+    """Its action is no function of the observation; the others are judged, and without others there is nothing to judge."""
+    monkeypatch.setattr(fqe, "load_dataset", lambda *_: tiny_data(action_dim=1))
+    monkeypatch.setattr(fqe, "rollout_returns", lambda *_: [1.0])
+    remembers = save(tmp_path / "dt", decision_transformer.Actor(3, 1), algorithm="decision_transformer")
+    args = dict(env="tiny", out=str(tmp_path), steps=2, eval_every=2, batch_size=4)
+    fqe.train(Args(policies=(remembers, save(tmp_path / "bc", bc.Actor(3, 1), algorithm="bc")), **args))
+    assert f"left out: {remembers} has a memory" in capsys.readouterr().out
+    [one] = json.loads((tmp_path / "fqe" / "tiny" / "seed0" / "result.json").read_text())["policies"]
+    assert one["policy"].endswith("bc/policy.pt")
+    with pytest.raises(SystemExit):
+        fqe.train(Args(policies=(remembers,), **args))
+    assert "no policy is left" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("args, message", [

@@ -137,6 +137,18 @@ def test_equal_heads_lose_what_dqn_loses_and_share_its_gradient():
     assert_close(several.grad, weights[0][:, None, None] * q.grad)
 
 
+def test_fixed_equal_weights_are_dqn_of_the_mean_head_and_random_ones_are_not():
+    """With α_k = 1/K each time the mixture is the mean of the heads, and REM is DQN of it."""
+    q_net, q_target = (make(lambda *dims: QNetwork(*dims, num_heads=K), 3, A) for _ in range(2))
+    mean, mean_target = (lambda obs, net=net: net(obs).mean(dim=0) for net in (q_net, q_target))
+    batch, equal, random = discrete_batch(), torch.full((1, K), 1 / K), some_weights(False)
+    expected = dqn.critic_loss(mean, batch, dqn.td_target(mean_target, batch, 0.9))[0]
+    loss = rem.critic_loss(q_net, equal, batch, rem.td_target(q_target, equal, batch, 0.9))[0]
+    other = rem.critic_loss(q_net, random, batch, rem.td_target(q_target, random, batch, 0.9))[0]
+    assert_close(loss, expected)
+    assert abs(other - expected) > 1e-4
+
+
 @pytest.mark.parametrize("ensemble", [False, True])
 def test_one_head_is_dqn(ensemble):
     """Same seed, same batch: the same loss, and the same network after two updates, of which one copies the target."""
