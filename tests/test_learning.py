@@ -55,6 +55,8 @@ def clone(minari_root, tmp_path_factory):
     ("brac", 150, ["--steps", "4000", *EAGER, "--behavior-steps", "2000", "--behavior-lr", "1e-3",
                    "--warm-start-steps", "200"]),
     ("crr", 150, ["--steps", "6000", "--target-every", "20", *EAGER[:-2]]),
+    ("edac", 150, ["--steps", "4000", "--num-critics", "5", "--batch-size", "64", "--critic-lr", "1e-3",
+                   "--target-rate", "0.02"]),
 ])
 def test_it_beats_mixed_data_and_its_clone(name, margin, settings, clone, minari_root, tmp_path):
     """Each swings the pendulum up, which most of the data does not show."""
@@ -105,11 +107,12 @@ def test_cql_beats_the_data(minari_root, tmp_path):
     assert cql > data + 50, (cql, data)
 
 
-def test_offline_dqn_learns_from_a_replayed_run(minari_root, tmp_path):
+@pytest.mark.parametrize("name", ["dqn", "rem"])
+def test_it_learns_from_a_replayed_run(name, minari_root, tmp_path):
     """cartpole-replay holds everything from falling at once to balancing; the policy learnt from it balances far longer."""
     fast = ["--learning-rate", "2.5e-4", "--batch-size", "128", "--target-every", "500"]
-    dqn, data = final_return("dqn", tmp_path, "cartpole-replay", "--steps", "15000", *fast)
-    assert dqn > data + 50, (dqn, data)
+    result, data = final_return(name, tmp_path, "cartpole-replay", "--steps", "15000", *fast)
+    assert result > data + 50, (result, data)
 
 
 def test_a_decision_transformer_gets_more_than_it_has_seen_on_average(minari_root, tmp_path, monkeypatch):
