@@ -462,16 +462,16 @@ def corridor_data():
     return data
 
 
-def test_a_heavy_penalty_keeps_the_policy_at_the_clone(monkeypatch):
-    """No data action is worth more than 0.2 / (1 − γ) = 2. SAC, which has no clone, acts far outside; BRAC near it."""
+def clone_and_policies(monkeypatch, data, weights) -> tuple[float, dict]:
+    """The clone's action in the one state, and for each weight of the penalty the policy's and its divergence."""
     for name in ("HIDDEN", "ACTOR_HIDDEN"):
         monkeypatch.setattr(brac, name, (32, 32))
-    data, behavior, coef = corridor_data(), Actor(3, 1), torch.ones((), requires_grad=True)
+    behavior, coef = Actor(3, 1), torch.ones((), requires_grad=True)
     optimizers = torch.optim.Adam(behavior.parameters(), lr=0.01), torch.optim.Adam([coef], lr=0.01)
     for _ in range(200):
         brac.update_behavior(Args(batch_size=128), data, behavior, coef, *optimizers)
     results = {}
-    for weight in (1e-6, 10.0):
+    for weight in weights:
         torch.manual_seed(0)
         nets = [Actor(3, 1), behavior, Critic(3, 1)]
         nets.append(copy.deepcopy(nets[2]))
@@ -480,7 +480,36 @@ def test_a_heavy_penalty_keeps_the_policy_at_the_clone(monkeypatch):
         for step in range(200):
             metrics = brac.update(args, data, *nets, *optimizers, step > 50)
         results[weight] = nets[0].act(torch.zeros(1, 3)).item(), metrics["divergence"].item()
-    clone = behavior.act(torch.zeros(1, 3)).item()
+    return behavior.act(torch.zeros(1, 3)).item(), results
+
+
+def test_a_heavy_penalty_keeps_the_policy_at_the_clone(monkeypatch):
+    """No data action is worth more than 0.2 / (1 − γ) = 2. SAC, which has no clone, acts far outside; BRAC near it."""
+    clone, results = clone_and_policies(monkeypatch, corridor_data(), (1e-6, 10.0))
     assert abs(clone) < 0.1, "the mean of the data"
     assert results[1e-6][0] > 0.9 and results[1e-6][1] > 3, "next to no penalty is SAC without entropy"
     assert abs(results[10.0][0] - clone) < 0.1 and abs(results[10.0][1]) < 0.2
+
+
+def test_a_wrong_clone_makes_a_wrong_policy(monkeypatch):
+    """The notes' problem with explicit constraints: half the data's actions are −0.5, half 0.5, and r = |a|. A Gaussian is no
+    model of that. Its clone acts as nobody did, at about 0, and the penalty keeps the policy there."""
+    data = corridor_data()
+    columns = data.columns(data.packed)
+    columns.action[:, 0] = torch.where(torch.arange(256) % 2 == 0, 0.5, -0.5)
+    columns.reward[:] = 0.5
+    clone, results = clone_and_policies(monkeypatch, data, (10.0,))
+    assert abs(clone) < 0.2 and abs(results[10.0][0]) < 0.2
+
+
+def test_a_constraint_has_its_price_where_all_is_worth_the_same(monkeypatch):
+    """Another of the notes: with no reward anywhere Q is 0, and an unconstrained policy has nothing to prefer. BRAC has."""
+    actor, behavior, obs = make(Actor, 3, 1, scale=0.5), make(Actor, 3, 1, scale=0.5), torch.randn(256, 3)
+    nothing = lambda obs, action: torch.zeros(2, len(obs))
+    gradients = []
+    for weight in (0.0, 1.0):
+        loss = brac.actor_loss(actor, behavior, nothing, obs, Args(divergence_weight=weight), True)[0]
+        actor.zero_grad()
+        loss.backward()
+        gradients.append(flat_grad(actor).norm().item())
+    assert gradients[0] == 0 and gradients[1] > 0.1
