@@ -31,10 +31,10 @@ Another algorithm has the same name: CORL's weight is min(exp(Â/β), 100), with
 
 Run:     python algorithms/awac.py --env hopper-medium
 Expect:  hopper-medium 3.8 (the data 44, BC 47 and 54), hopper-medium-replay 23.7 (the data 15, BC 18), after 100,000 updates,
-         seed 0, in a quarter of an hour on a core. The former is 33 after 10,000 updates, and then falls. In the end Q is not
-         to blame, with a mean of 256, where the data's discounted returns have 263, but (E4): advantages from −14 to 10 leave
-         all of the weight to 5% of a batch, or 0.3% of 20,000 transitions, and the policy's squared distance from the data's
-         actions is half as large again as a clone's, 0.045 and 0.031: more than hopper forgives.
+         seed 0, in a quarter of an hour on a core. The former is 33 after 10,000 updates, falls while Q climbs to 770, thrice
+         too high, and stays low although Q comes back: in the end its mean is 256, the data's discounted returns' 263. There
+         advantages from −14 to 10 leave all of (E4)'s weight to 5% of a batch, or 0.3% of 20,000 transitions, and the policy's
+         squared distance from the data's actions is half as large again as a clone's (0.045, 0.031): more than hopper forgives.
          pendulum-medium-replay (the data −1148): −386 and −237 after 8,000 updates with its end-to-end test's settings,
          larger rates; before 4,000 often worse than the data.
 """
