@@ -36,6 +36,7 @@ Expect:  hopper-medium 13.7 (the data 44, BC 47 and 54), after 20,000 updates, 4
          default, and a tenth of its warm-up; seed 0. Far below BC because π is not yet where the VAE is. The decoder alone,
          with z = 0, is worth 57 in 20 episodes; the mean of π is still 0.12 away from it before tanh (σ is 0.08), the MMD is
          0.11, above ε, and so α has been at its upper bound e¹⁰ since about update 6,000: there Q matters in (E8) only.
+         On hopper-medium-replay 14.3 (the data 15, BC 18).
          pendulum-medium-replay (the data −1148): −187 after 8,000 updates, with a small VAE (tests/test_learning.py).
 """
 import copy
