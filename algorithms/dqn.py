@@ -26,8 +26,9 @@ Differences from the second paper and its official code (google-research/batch_r
 
 Run:     python algorithms/dqn.py --env cartpole-replay
          make behavior ENV=cartpole      (online)
-Expect:  100,000 updates, seed 0, 2 minutes: 500 steps of balance on cartpole-replay, −90 on acrobot-replay, −107 on
-         acrobot-medium. On cartpole-medium 9: its mean Q of 329, where 100 is possible, is of no use; results/curves/.
+Expect:  100,000 updates, 2 minutes, seed 0: 500 steps of balance on cartpole-replay, −90 on acrobot-replay, −107 on
+         acrobot-medium; seeds 1 and 2 are far worse on the first two (rem.py has the means). On cartpole-medium 9: its mean Q
+         of 329, where 100 is possible, is of no use; results/curves/.
 """
 import copy
 import sys
