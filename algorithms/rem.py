@@ -33,8 +33,8 @@ Run:     python algorithms/rem.py --env cartpole-replay
          python algorithms/rem.py --env cartpole-replay --ensemble
 Expect:  100,000 updates, scores of REM, Ensemble-DQN and dqn.py: on cartpole-replay 91 ± 7, 60 ± 6, 54 ± 33 (the data 26), on
          acrobot-replay 32 ± 46, 90 ± 11, 62 ± 29 (80), three seeds. The final policy of a curve that swings is a lottery:
-         three seeds do not tell which is best. On acrobot-medium 79, 1 and 93 (67), on cartpole-medium -3 each (37), where all
-         fail; seed 0.
+         three seeds do not tell which is best. On acrobot-medium 26 ± 37, 0 and 54 ± 39 (67), on cartpole-medium -3 each (37),
+         where all fail.
 """
 import copy
 import math
