@@ -29,8 +29,8 @@ Differences. The paper's code (deepmind/acme, TensorFlow) has residual blocks, L
   D5 PyTorch's default initialisation, as in the other files here.
   D6 Two critics, their minimum and layer norms [offbench; there before ReLU, here after, as in rebrac.py]; the
      paper's code has one, with norms, on atoms with a bound. JAX's single plain critic does not hold on
-     hopper-medium-replay, where no discounted return exceeds 342: its mean Q was 6,300 after 58,000 updates, that of two
-     without norms 1,100 after 30,000.
+     hopper-medium-replay, where no discounted return of the data exceeds 342: its mean Q was 6,300 after 58,000 updates,
+     that of two without norms 1,100 after 30,000.
 
 Run:     python algorithms/crr.py --env hopper-medium
          python algorithms/crr.py --env hopper-medium --weighting binary

@@ -284,7 +284,8 @@ def minimise(loss_of, table, quadratic):
 
 def solve(rows, next_row, reward, terminated, first, args, rounds=1):
     """The minimum of critic_loss over a table (K = 2, states); `rounds` times, each with the last one's Q as the target.
-    Rows are transitions: a state's number, the next one's, what it pays. Returns Q and the residuals, (states,) each."""
+    Rows are transitions: a state's number, the next one's, what it pays. Returns Q and the residuals, (states,) each, and the
+    least loss of one critic."""
     as_obs = lambda numbers: torch.tensor(numbers, dtype=torch.float64)[:, None]
     batch = tiny_batch(terminated)._replace(obs=as_obs(rows), next_obs=as_obs(next_row), reward=torch.tensor(reward))
     n = max(rows + next_row) + 1
@@ -299,7 +300,7 @@ def solve(rows, next_row, reward, terminated, first, args, rounds=1):
     assert_close(target[0], target[1], 1e-4)
     residuals = torch.zeros(n)
     residuals[torch.tensor(rows)] = e[0].detach()
-    return target[0], residuals
+    return target[0], residuals, loss_of(target) / 2
 
 
 RING = dict(rows=[0, 1, 2, 3], next_row=[1, 2, 3, 0], terminated=[0.0] * 4, first=[0, 1, 2, 3])
@@ -315,7 +316,7 @@ def test_on_policy_the_residual_is_constant(exponent, residual):
     """d^D = d^π on a ring of four states, full gradient: e = w^{1/(p−1)} everywhere and Q = Q^π − e / (1 − γ)."""
     reward = [1.0, -0.5, 0.3, 2.0]
     args = Args(gamma=0.9, exponent=exponent, initial_weight=0.01, online_share=1.0)
-    q, e = solve(reward=reward, args=args, **RING)
+    q, e, _ = solve(reward=reward, args=args, **RING)
     assert_close(e / residual, [1.0] * 4, 1e-3)
     assert_close(q, [value - 10 * residual for value in ring_values(reward, 0.9)], 1e-5)
 
@@ -325,7 +326,7 @@ def test_without_weight_on_the_start_it_is_policy_evaluation():
     reward = [1.0, -0.5, 0.3, 2.0]
     extra = dict(rows=[0, 1, 2, 3, 2, 2, 2, 2], next_row=[1, 2, 3, 0, 3, 3, 3, 3], terminated=[0.0] * 8, first=[0])
     args = Args(gamma=0.9, exponent=2.0, initial_weight=1e-9, online_share=1.0)
-    q, e = solve(reward=[reward[s] for s in extra["rows"]], args=args, **extra)
+    q, e, _ = solve(reward=[reward[s] for s in extra["rows"]], args=args, **extra)
     assert_close(e, [0.0] * 4, 1e-6)
     assert_close(q, ring_values(reward, 0.9), 1e-5)
 
@@ -333,20 +334,24 @@ def test_without_weight_on_the_start_it_is_policy_evaluation():
 @pytest.mark.parametrize("exponent", [1.5, 2.0])
 def test_off_policy_the_residual_is_the_density_ratio(exponent):
     """Start in 0, go to 1, to 2, stay: d^π = (½, ¼, ¼) with γ = ½. The data has the states 1 : 2 : 5 times; at rest
-    f′(e) = w d^π / d^D, so the mean of reward by these weights is E_{d^π}[r] = (1 − γ) Q^π(0)."""
+    f′(e) = w d^π / d^D, so the mean of reward by these weights is E_{d^π}[r] = (1 − γ) Q^π(0). No gap between the two
+    problems: the least loss is w (E_{d^π}[r] − λ E_D[(d^π / d^D)^q] / q), with w = λ^{p−1}."""
     rows, reward = [0, 1, 1, 2, 2, 2, 2, 2], torch.tensor([3.0, -1.0, 2.0])
     args = Args(gamma=0.5, exponent=exponent, initial_weight=0.2, online_share=1.0)
-    _, e = solve(rows, [1, 2, 2, 2, 2, 2, 2, 2], reward[rows].tolist(), [0.0] * 8, [0], args)
+    _, e, least = solve(rows, [1, 2, 2, 2, 2, 2, 2, 2], reward[rows].tolist(), [0.0] * 8, [0], args)
     ratio = e.pow(exponent - 1) / 0.2
     assert_close(ratio, [0.5 / (1 / 8), 0.25 / (2 / 8), 0.25 / (5 / 8)], 1e-5)
     assert_close((ratio * reward)[rows].mean(), 0.5 * (3 + 0.5 * (-1 + 0.5 * 2 / 0.5)), 1e-5)
+    q, price = exponent / (exponent - 1), 0.2 ** (1 / (exponent - 1))
+    spread = (4**q + 2 * 1**q + 5 * 0.4**q) / 8  # E_D of the ratio's q-th power, the ratio as above
+    assert_close(least / 0.2, 1.75 - price * spread / q, 1e-5)
 
 
 def test_a_termination_ends_what_the_policy_visits():
     """The same with 2 → 2 a termination: d^π = (½, ¼, ⅛), the rest is nowhere; Q(2) is r less its residual alone."""
     rows, reward = [0, 1, 1, 2, 2, 2, 2, 2], torch.tensor([3.0, -1.0, 2.0])
     args = Args(gamma=0.5, exponent=2.0, initial_weight=0.2, online_share=1.0)
-    q, e = solve(rows, [1, 2, 2, 2, 2, 2, 2, 2], reward[rows].tolist(), [0.0] * 3 + [1.0] * 5, [0], args)
+    q, e, _ = solve(rows, [1, 2, 2, 2, 2, 2, 2, 2], reward[rows].tolist(), [0.0] * 3 + [1.0] * 5, [0], args)
     assert_close(e / 0.2, [0.5 / (1 / 8), 0.25 / (2 / 8), 0.125 / (5 / 8)], 1e-6)
     assert_close(q[2], 2.0 - 0.2 * 0.125 / (5 / 8), 1e-6)
 
@@ -356,10 +361,10 @@ def test_the_released_mixture_has_the_mass_of_its_first_step():
     start is known it is w (1 − γ) Σ_t (κγ)^t p_t / d^D: the last of four states gets (κγ)³ of the first one's."""
     reward = [1.0, -0.5, 0.3, 2.0]
     args = Args(gamma=0.9, exponent=2.0, initial_weight=0.01, online_share=0.05)
-    q, e = solve(reward=reward, args=args, rounds=150, **RING)
+    q, e, _ = solve(reward=reward, args=args, rounds=150, **RING)
     assert_close(e / 0.0010471204, [1.0] * 4, 1e-3)
     assert_close(q, [value - 0.010471204 for value in ring_values(reward, 0.9)], 1e-5)
-    _, e = solve(reward=reward, args=args, rounds=150, **RING | dict(first=[0]))
+    _, e, _ = solve(reward=reward, args=args, rounds=150, **RING | dict(first=[0]))
     visits = [0.045**t / (1 - 0.045**4) for t in range(4)]
     assert_close(e / 0.004, visits, 1e-4)
 
@@ -368,9 +373,9 @@ def test_the_upside_down_mask_would_forget_the_future():
     """No terminations: a two-state loop has Q^π, up to w. With the flag in place of 1 − flag (γ(1 − 1) = 0) Q = r."""
     args = Args(gamma=0.9, exponent=2.0, initial_weight=1e-6, online_share=1.0)
     loop = dict(rows=[0, 1], next_row=[1, 0], reward=[1.0, 0.0], first=[0, 1], args=args)
-    q, _ = solve(terminated=[0.0, 0.0], **loop)
+    q, *_ = solve(terminated=[0.0, 0.0], **loop)
     assert_close(q, [1 / (1 - 0.81), 0.9 / (1 - 0.81)], 1e-4)
-    q, _ = solve(terminated=[1.0, 1.0], **loop)
+    q, *_ = solve(terminated=[1.0, 1.0], **loop)
     assert_close(q, [1.0, 0.0], 1e-4)
 
 
