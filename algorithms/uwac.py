@@ -40,8 +40,12 @@ Differences from the official code (apple/ml-uwac, whose script imports a file t
   D4 Target critics start as copies; PyTorch's default initialisation in place of rlkit's.
 
 Run:     python algorithms/uwac.py --env hopper-medium
-Expect:  no long run yet. On pendulum's datasets runs of 1,200 to 4,000 updates ended below the data: −1239 on medium-replay
-         (−1148), −1242 on random (−1218); the bound on Q's slope, above, is one reason.
+Expect:  hopper-medium 13.8 (the data 44, BC 47 and 54), hopper-medium-replay 22.1 (the data 15, BC 18), after 5,000 updates,
+         1,000 of them without Q, a hundredth of the default, seed 0, in half an hour on a core. What it knows so far is BEAR's
+         constraint: on hopper-medium V is 1.97 at the data's actions and 1.99 at random ones, so that both have the weight
+         0.39; nor does Q tell them apart, 39.93 and 39.89. The VAE's decoder alone, with z = 0, is worth 46 in 10 episodes.
+         On pendulum's datasets runs of 1,200 to 4,000 updates ended below the data: −1239 on medium-replay (−1148), −1242 on
+         random (−1218); the bound on Q's slope, above, is one reason.
 """
 import copy
 import math
