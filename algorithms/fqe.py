@@ -130,7 +130,8 @@ def rollout_returns(path: Path, actor: nn.Module, data: Dataset, args: Args) -> 
 
 def policy_actions(actors: list[nn.Module], obs: Tensor, data: Dataset) -> Tensor:
     """π_p(s) of raw observations (N, S), in [-1, 1]: (N, P, A). Once for all, as the policies don't change any more."""
-    chunks = tqdm(obs.split(1000), desc="the policies' actions", leave=False)  # small, as some methods sample 100 per action
+    chunks = tqdm(obs.split(300), desc="the policies' actions", leave=False,  # small, as some methods sample 100 per action
+                  mininterval=0.2 if sys.stderr.isatty() else 30)
     actions = torch.cat([torch.stack([actor.act(chunk) for actor in actors], dim=1) for chunk in chunks])
     return ((actions - data.action_mid) / data.action_half).clamp(-1, 1)
 
