@@ -35,9 +35,11 @@ real environment for s₀. Its scores, near 0 on hopper, walker2d and halfcheeta
 
 Run:     python algorithms/algae_dice.py --env hopper-medium
          python algorithms/algae_dice.py --env hopper-medium --online-share 1
-Expect:  no long run yet. pendulum-random (the data −1218, a clone −1190): −478, −174, −179 after 2,000 updates with
-         --batch-size 64 --gamma 0.95 --target-rate 0.05 --policy-delay 1, seeds 0 to 2. On pendulum-medium-replay −1585, as
-         bad as SAC offline: it is an unconstrained Q method.
+Expect:  hopper-medium 2.8 (the data 44, BC 47 and 54), hopper-medium-replay 1.7 (the data 15, BC 18), after 70,000 updates, a
+         seventh of the default, seed 0, in 25 minutes on a core. As SAC offline, it is an unconstrained Q method: Q promises
+         3,660 at the start of an episode on the former and 385 on the latter, and π earns 71 and 35, undiscounted.
+         pendulum-random (the data −1218, a clone −1190): −478, −174, −179 after 2,000 updates with --batch-size 64
+         --gamma 0.95 --target-rate 0.05 --policy-delay 1, seeds 0 to 2. On pendulum-medium-replay −1585.
 """
 import copy
 import math
