@@ -270,6 +270,8 @@ class Run:
 
     def step(self, step: int, metrics: dict[str, torch.Tensor], act: Callable) -> None:
         """After each update. Logs every 100; every --eval-every evaluates and checkpoints; after Ctrl-C leaves, saved."""
+        if self.bar.n == self.bar.initial:
+            self.bar.unpause()  # its clock starts here: what was fitted before the first update does not count
         self.bar.update()
         due = step % self.args.eval_every == 0 or step == self.args.steps
         if step % 100 and not due and not self.stop:
