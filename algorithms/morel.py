@@ -35,7 +35,10 @@ Differences from the paper and the official code (aravindr93/mjrl, branch v2):
   D8 Bodies are Gymnasium's; there the speed of the centre of mass is observed too, and hopper's bounds are narrower.
 
 Run:     python algorithms/morel.py --env hopper-medium
-Expect:  no long run yet. pendulum-medium-replay (the data −1148, a clone the same): −526, −587, −420 after 3,000 updates.
+Expect:  hopper-medium 2.3 (the data 44, BC 47 and 54) after 100,000 updates in a model of 10 epochs, seed 0, in 37 minutes on a
+         core. With this β the pessimism hardly ever speaks: 0.8% of the data's pairs are unknown, 0.5% of π's actions there,
+         4.6% of random ones, and none on π's real path. At the start Q promises 149, and π earns 44, discounted.
+         pendulum-medium-replay (the data −1148, a clone the same): −526, −587, −420 after 3,000 updates.
 """
 import copy
 import math
