@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from helpers import QUICK, command, folder, run
+from helpers import QUICK, command, folder, run, tiny_data
 
 import common
 
@@ -182,6 +182,19 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     last = stopped.stderr.strip().splitlines()[-1]
     assert "cloning_error is" in last and "by step 100" in last
     assert not (folder("bc", tmp_path) / "checkpoint.pt").exists()
+
+
+def test_the_progress_bar_leaves_out_what_comes_before_the_first_update(tmp_path, capsys):
+    """A model may be fitted for a quarter of an hour first; counted in, it would make hours out of minutes to go."""
+    args = importlib.import_module("bc").Args(out=str(tmp_path), steps=100)
+    run = common.Run(args, tiny_data())
+    assert run.resume() == 0
+    time.sleep(1.0)
+    for step in range(1, 4):
+        run.step(step, {}, None)
+    signal.signal(signal.SIGINT, run.handler)
+    assert run.bar.n == 3 and run.bar.format_dict["elapsed"] < 0.5
+    run.bar.close(), run.writer.close()
 
 
 def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, capsys, monkeypatch):
