@@ -3,7 +3,8 @@
     python results/asked.py --policy runs/decision_transformer/hopper-medium/seed0/policy.pt --episodes 20
 
 For each policy a grid of requests, from 0 (or the worst return in the data, if below) to half as much again as the best return
-in the data. Where asking works, the points follow the diagonal up to that best return, and beyond it nothing more comes.
+in the data, and among them the two targets of its run. Where asking works, the points follow the diagonal up to that best
+return, and beyond it nothing more comes.
 """
 import argparse
 import json
@@ -37,15 +38,17 @@ def ask(path: Path, requests: int, episodes: int) -> dict:
     actor.load_state_dict(saved["actor"])
     returns = load_dataset(result["env"], "cpu").returns()
     best, worst = float(returns.max()), float(returns.min())
-    asked = np.linspace(min(0.0, worst), best + abs(best) / 2, requests)
+    target = float(actor.target_return)
+    targets = [target, target / 2 if target > 0 else 2 * target]  # as decision_transformer.py's last lines
+    asked = np.union1d(np.linspace(min(0.0, worst), best + abs(best) / 2, requests), targets)
     achieved = []
     for request in tqdm(asked, desc=result["env"], unit=" requests", leave=False):
         player = Player(actor, request)
         achieved.append(evaluate(player, saved["env_id"], episodes, 10**6 * SEED, record=player.record).tolist())
         print(f"{result['env']}, seed {result['seed']}: asked for {request:8.1f}, got {np.mean(achieved[-1]):8.1f} "
               f"± {np.std(achieved[-1]):.1f}", flush=True)
-    return dict(env=result["env"], seed=result["seed"], steps=result["steps"], episodes=episodes, asked=asked.tolist(),
-                returns=achieved, data_best=best, data_mean=float(returns.mean()))
+    return dict(env=result["env"], seed=result["seed"], steps=result["steps"], episodes=episodes, targets=targets,
+                asked=asked.tolist(), returns=achieved, data_best=best, data_mean=float(returns.mean()))
 
 
 def draw(results: list[dict]) -> None:
@@ -56,7 +59,9 @@ def draw(results: list[dict]) -> None:
         runs = [one for one in results if one["env"] == env]
         for one in runs:
             mean, std = np.mean(one["returns"], axis=1), np.std(one["returns"], axis=1)
-            axis.errorbar(one["asked"], mean, std, marker="o", markersize=4, capsize=2, label=f"seed {one['seed']}")
+            points = axis.errorbar(one["asked"], mean, std, marker="o", markersize=4, capsize=2, label=f"seed {one['seed']}")
+            own = np.isin(one["asked"], one["targets"])
+            axis.plot(np.array(one["asked"])[own], mean[own], "s", color=points[0].get_color(), label="its run's targets")
         asked = np.array(runs[0]["asked"])
         axis.plot(asked, asked, color="black", linewidth=0.6, label="as asked")
         axis.axhline(runs[0]["data_best"], color="grey", linestyle="--", linewidth=0.8, label="the data's best")

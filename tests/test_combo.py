@@ -318,6 +318,21 @@ def test_its_value_lies_between_cqls_and_the_truth():
     assert theirs < ours - 0.02 and ours < truth - 0.02, (theirs, ours, truth)
 
 
+@pytest.mark.parametrize("beta, value", [(0.0, 4.0), (3.0, 2.0), (5.0, 2 / 3)])
+def test_an_action_that_the_data_lack(beta, value):
+    """One state, γ = ½. The data's action pays 1, so their way is worth 2; of the other, which they lack,
+    the model says 3. A policy that does each half the time is worth 4 − ⅔ β: more than their way only while β < 3."""
+    real, imagined = torch.zeros(8, dtype=torch.long), torch.tensor([0, 1]).repeat(4)
+    action = torch.cat([real, imagined])
+    batch = tiny_batch([0.0] * 16)._replace(obs=torch.zeros(16, 1, dtype=torch.long), action=action[:, None])
+    q = torch.zeros(1, 2)
+    for _ in range(60):
+        y = torch.tensor([1.0, 3.0])[action] + 0.5 * q.mean()
+        q = minimise(lambda table, y=y: combo.critic_loss(look_up(table), batch, 8, y, table.mean().expand(1, 8), beta)[0],
+                     size=(1, 2))
+    assert_close(q.mean(), value, 1e-6)
+
+
 def test_an_optimistic_model_is_not_believed(monkeypatch):
     """A line: the action is the step, and the model promises the more reward the further one goes; the data are of |s| < 1, and
     go back to 0. β = 0 walks off; with β the policy stays."""
