@@ -49,8 +49,11 @@ Of D4RL files without next observations the loader has left out the last step of
 its reward is missing in (E1).
 
 Run:     python algorithms/decision_transformer.py --env hopper-medium
-Expect:  no long run yet: 100,000 updates take six hours on one core. pendulum-medium-replay (the data −1148): −681 after 2,000
-         updates with --batch-size 16 --actor-lr 1e-3 --warmup-steps 100 --dropout 0, seed 0.
+Expect:  hopper-medium-replay (the data 15, BC 18): asked for 3,600 it scores 19.7, for 1,800 27.2; 11,000 updates with 1,000 of
+         warm-up, 42 minutes on a core, seed 0. What it earns follows the request up to 870, below which 95% of the data's
+         episodes are, and falls to 510 where 4,700 is asked for (results/asked.png). Its evaluations swung between 19 and 69.
+         pendulum-medium-replay (the data −1148): −681 after 2,000 updates with --batch-size 16 --actor-lr 1e-3
+         --warmup-steps 100 --dropout 0, seed 0.
 """
 import sys
 from collections import namedtuple
