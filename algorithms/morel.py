@@ -38,6 +38,9 @@ Run:     python algorithms/morel.py --env hopper-medium
 Expect:  hopper-medium 2.3 (the data 44, BC 47 and 54) after 100,000 updates in a model of 10 epochs, seed 0, in 37 minutes on a
          core. With this β the pessimism hardly ever speaks: 0.8% of the data's pairs are unknown, 0.5% of π's actions there,
          4.6% of random ones, and none on π's real path. At the start Q promises 149, and π earns 44, discounted.
+         halfcheetah-medium-replay 35.8 (the data 20, BC 16): as many updates, 30 epochs, 28 minutes. The threshold is as
+         silent, for 0.4% of the data's pairs and 0.1% of random actions, but no robot falls here, and Q promises 169, 306 is
+         earned.
          pendulum-medium-replay (the data −1148, a clone the same): −526, −587, −420 after 3,000 updates.
 """
 import copy

@@ -23,6 +23,8 @@ import matplotlib.pyplot as plt
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "algorithms"), str(HERE / "behavior")]
+from fqe import spearman
+
 from collect import play
 from common import check, load_dataset
 
@@ -97,8 +99,11 @@ def draw(results: list[dict]) -> None:
             right.scatter(errors["uncertain"], errors["one_step"], s=4, color=color, alpha=0.6, label=source)
         left.set(title=f"{one['algorithm']} on {one['env']}, {one['model'].split('-')[0]}", xlabel="steps k in the model",
                  yscale="log", ylabel="error / spread of the states\n(median, quartiles)")
-        right.set(title="does it know?", xscale="log", yscale="log", ylabel="error after 1 step / spread of the change",
+        known, off = (np.concatenate([part[key] for part in one["sources"].values()]) for key in ("uncertain", "one_step"))
+        right.set(title=f"does it know? rank correlation {spearman(known, off):.2f}", xscale="log", yscale="log",
+                  ylabel="error after 1 step / spread of the change",
                   xlabel="disagreement disc(s, a)" if one["algorithm"] == "morel" else "largest ‖σ_m(s, a)‖, MOPO's u")
+        right.tick_params(which="minor", labelsize=6)
         left.legend(fontsize=8)
         right.legend(fontsize=8)
     figure.tight_layout()
