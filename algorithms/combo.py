@@ -28,7 +28,7 @@ Differences: no official code exists; where the paper leaves a choice we follow 
   D4 Falls are Gymnasium's; the model has dynamics_epochs at most. No ½ in (E9) [OfflineRL-Kit]: with it, β would be half.
 
 Run:     python algorithms/combo.py --env hopper-medium
-Expect:  hopper-medium 26.4 (the data 44): half an hour on a core, 8,000 updates, seed 0, of which 12 was the best until 7,500.
+Expect:  hopper-medium 26.4, 12 at most before update 7,500, halfcheetah-medium-replay 3.4: 8,000 updates, seed 0, half an hour.
          pendulum-medium-replay (the data −1148): −147, −148, −173; 2,000 updates in a model of 15 epochs, seeds 0 to 2.
 """
 import copy
