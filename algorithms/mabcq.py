@@ -39,7 +39,9 @@ Differences, as far as there is something to differ from; also D1 and D2 of bcq.
   D4 All agents' data come from one team's runs here, in the paper also from different ones. Each agent draws its own batches.
 
 Run:     python algorithms/mabcq.py --env hopper-medium --agents 3     (--no-reweight: independent BCQ, the baseline)
-Expect:  no long run yet.
+Expect:  halfcheetah-medium-replay, 2 agents: 28.6, independent 24.9 (the data 20, BC 16); 12,000 updates, about 40 minutes on a
+         core. hopper-medium-replay, 3 agents: 9.9, independent 10.2 (the data 15, BC 18, bcq.py 13); 9,000 updates, 24 minutes.
+         Seed 0 alone, and evaluations that swing between 10 and 30 on halfcheetah: the weights' worth is not to be seen here.
 """
 import copy
 import math
