@@ -1,320 +1,1278 @@
-"""What the algorithm files share, and nothing they learn with: datasets, evaluation, the run record.
+"""What the algorithm files share, and nothing they learn with: data, evaluation, the run record.
 
-Two words for two ends of an episode: `terminated`, the task is over (the robot fell), what follows is worth zero; `truncated`,
-the clock ran out, what follows is worth as much as before. Only `terminated` may stop a bootstrap.
+  1. Data        load_dataset(name) gives a Dataset of named tensors, data.sample(256) a Batch
+  2. Evaluation  evaluate(act, env_spec, episodes, seed) gives the return of each episode
+  3. Run record  Run writes events, checkpoint, policy and result
+  4. Reading     Minari datasets and D4RL files as people have them, for section 1
+  5. Files       load_policy(folder) gives a saved policy's act
+  6. Speed       matrix products, threads, CUDA graphs
+
+An episode ends in one of two ways. `terminated`: the task is over (the robot fell), and what would
+follow is worth zero. `truncated`: the recording stops (a time limit), and what would follow is
+worth as much as before. Only `terminated` may stop a bootstrap.
 """
+import copy
 import ctypes
 import difflib
 import hashlib
+import importlib
+import io
 import json
+import logging
+import math
 import os
+import platform
+import re
 import signal
 import subprocess
 import sys
 import time
-from collections import Counter, namedtuple
+from collections import Counter
 from collections.abc import Callable
+from contextlib import redirect_stderr, suppress
 from dataclasses import asdict
-from functools import cache
+from datetime import datetime
 from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+try:  # glibc keeps freed memory; asking the kernel for it anew costs CQL a quarter of its speed
+    ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+    ctypes.CDLL(None).mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+except (AttributeError, OSError, TypeError):  # another C library, or Windows
+    pass
+
+# Threads that wait for work sleep instead of spinning: beside another process, spinning threads
+# lose four fifths of their speed. Torch reads this when it is loaded, so files import common first.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import gymnasium as gym
 import numpy as np
 import torch
+from gymnasium import spaces
+from gymnasium.envs.registration import EnvSpec
+from torch import Tensor
 from tqdm import tqdm
 
-LEVELS = ("random", "medium", "medium-replay", "medium-expert", "expert")
-SUITE = {  # body: environment, and the returns that score 0 and 100: D4RL's; else ours, a random and a good policy's
-    "hopper": ("Hopper-v5", -20.272305, 3234.3),
+SUITE = {  # body: environment, and the returns that score 0 and 100
+    "hopper": ("Hopper-v5", -20.272305, 3234.3),  # D4RL's, as the next two
     "walker2d": ("Walker2d-v5", 1.629008, 4592.3),
     "halfcheetah": ("HalfCheetah-v5", -280.178953, 12135.0),
-    "pendulum": ("Pendulum-v1", -1200.0, -150.0),
+    "pendulum": ("Pendulum-v1", -1200.0, -150.0),  # ours: a random and a good policy's
     "cartpole": ("CartPole-v1", 22.0, 500.0),
     "acrobot": ("Acrobot-v1", -500.0, -80.0),
 }
-NAMES = [f"{body}-{level}" for body in SUITE for level in LEVELS] + ["cartpole-replay", "acrobot-replay"]
-KEYS = ("obs", "action", "reward", "next_obs", "terminated", "truncated")
-if hasattr(libc := ctypes.CDLL(None), "mallopt"):  # glibc: keep freed memory; asking the kernel anew costs CQL a quarter
-    libc.mallopt(-1, 2**31 - 1), libc.mallopt(-3, 2**30)  # of its speed; M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-COLLECT = Path(__file__).resolve().parent / "results" / "behavior" / "collect.py"  # builds the suite's datasets
+LEVELS = ("random", "medium", "medium-replay", "medium-expert", "expert")
+NAMES = [f"{body}-{level}" for body in SUITE for level in LEVELS]
+NAMES += ["cartpole-replay", "acrobot-replay"]
+NO_RANGE = (math.nan, math.nan)  # where the returns that score 0 and 100 are not known
+COLUMNS = ("obs", "action", "reward", "next_obs", "terminated", "truncated")
+HERE = Path(__file__).resolve().parent
 
 
-def check(ok, message: str) -> None:
-    """For whatever a user can cause: one line that says what is wrong and what to do, and exit code 2."""
-    if not ok:
-        print("error:", " ".join(message.split()), file=sys.stderr)
-        raise SystemExit(2)
+def fail(message: str) -> NoReturn:
+    """Ends the run: one line that says what is wrong and what to do, and exit code 2."""
+    tqdm.write("error: " + " ".join(message.split()), file=sys.stderr)
+    raise SystemExit(2)
 
 
-@cache
-def make_env(env: str, key=0) -> gym.Env:
-    """gym.make of an id (or a spec in JSON), once per key: 0, 1, ... are for evaluation, "training" for an online run."""
-    if env.startswith(("Hopper", "Walker", "HalfCheetah")):
-        import mujoco  # its notices about its own models would fill the terminal and a log file
+def notice(message: str) -> None:
+    """One line about what the run does by itself, and what its user should know."""
+    tqdm.write("note: " + " ".join(message.split()), file=sys.stderr)
+
+
+def check_range(args, names: str, low: float, high: float = math.inf) -> None:
+    """Each setting in `names` (separated by blanks) must lie in [low, high]; else the run ends."""
+    for name in names.split():
+        value = getattr(args, name)
+        if not low <= value <= high:
+            bounds = f"at least {low}" if high == math.inf else f"between {low} and {high}"
+            fail(f"--{name.replace('_', '-')} must be {bounds}, not {value}")
+
+
+def parse_args(args_class, tuned: dict[str, dict]):
+    """The command line. On a dataset in `tuned` its values replace the defaults and are printed.
+
+    What the user sets has priority. --help shows the table.
+    """
+    import tyro
+
+    text = "Values for single datasets, in place of the defaults:"
+    for env, values in tuned.items():
+        settings = [f"--{name.replace('_', '-')} {value}" for name, value in values.items()]
+        text += f"\n\n{env}: " + " ".join(settings)
+    values = tuned.get(tyro.cli(args_class, description=text).env, {})
+    args = tyro.cli(args_class, default=args_class(**values), description=text)
+    for name, value in values.items():
+        if getattr(args, name) == value:
+            print(f"tuned for {args.env}: --{name.replace('_', '-')} {value}")
+    return args
+
+
+# ---- 1. Data
+
+
+class Batch(NamedTuple):
+    """B transitions drawn from a dataset."""
+
+    obs: Tensor  # (B, S)
+    action: Tensor  # (B, A) in [-1, 1], or (B,) integers from 0
+    reward: Tensor  # (B,)
+    next_obs: Tensor  # (B, S)
+    terminated: Tensor  # (B,) 1 where the task is over, else 0
+
+
+class Dataset:
+    """N logged transitions in the order of recording, as tensors on one device.
+
+    obs (N, S), action (N, A) in [-1, 1] or (N,) integers from 0, reward (N,), next_obs (N, S),
+    terminated (N,) 0 or 1, truncated (N,) bool. The environment's own action is
+    action_mid + action_half * action; a discrete one is first_action + action.
+    """
+
+    def __init__(self, name: str, columns: dict[str, Tensor], action_space: spaces.Space,
+                 env_spec: str | None = None, score_range: tuple[float, float] = NO_RANGE,
+                 device: torch.device | str = "cpu"):
+        self.name = name
+        self.env_spec = env_spec  # what make_env evaluates in; None: nothing
+        self.recorded_env = env_id(env_spec)  # id of the data's environment, if it is known
+        self.score_range = score_range  # the returns that score 0 and 100, or NaN
+        self.device = torch.device(device)
+        self.obs = columns["obs"].to(device)
+        self.action = columns["action"].to(device)
+        self.reward = columns["reward"].to(device)
+        self.next_obs = columns["next_obs"].to(device)
+        self.terminated = columns["terminated"].to(device)
+        self.truncated = columns["truncated"].to(device)
+        self.size = len(self.reward)
+        self.obs_shape = tuple(self.obs.shape[1:])  # (S,), or an image's
+        self.obs_dim = math.prod(self.obs_shape)
+        self.action_space = action_space
+        if isinstance(action_space, spaces.Discrete):
+            self.num_actions = int(action_space.n)
+            self.first_action = int(action_space.start)
+            self.action_dim = 1
+            low, high = -1, 1
+        else:
+            self.num_actions = None
+            self.first_action = 0
+            self.action_dim = self.action.shape[1]
+            low, high = action_space.low.ravel(), action_space.high.ravel()
+        mid, half = action_units(low, high)
+        self.action_mid = torch.as_tensor(mid, device=device)  # (A,)
+        self.action_half = torch.as_tensor(half, device=device)  # (A,)
+
+    def draw_rows(self, batch_size: int) -> Tensor:
+        """Row numbers (B,), uniform with replacement, drawn on the device: no wait for the host."""
+        return torch.randint(self.size, (batch_size,), device=self.device)
+
+    def rows(self, index: Tensor) -> Batch:
+        """The transitions with these row numbers (B,)."""
+        return Batch(obs=self.obs.index_select(0, index),
+                     action=self.action.index_select(0, index),
+                     reward=self.reward.index_select(0, index),
+                     next_obs=self.next_obs.index_select(0, index),
+                     terminated=self.terminated.index_select(0, index))
+
+    def sample(self, batch_size: int) -> Batch:
+        """A batch drawn uniformly with replacement."""
+        return self.rows(self.draw_rows(batch_size))
+
+    def episodes(self) -> tuple[np.ndarray, np.ndarray]:
+        """First row of each episode and the row after its last, (E,) each; an unfinished last
+        episode counts."""
+        ends = self.terminated.bool() | self.truncated
+        stops = np.union1d(ends.nonzero().cpu().numpy() + 1, self.size)
+        return np.append(0, stops[:-1]), stops
+
+    def returns(self) -> np.ndarray:
+        """The undiscounted return of each episode, (E,)."""
+        return np.add.reduceat(self.reward.double().cpu().numpy(), self.episodes()[0])
+
+    def keep(self, index: np.ndarray) -> None:
+        """Keeps only these rows, in this order: whole episodes, or their ends no longer fit."""
+        index = torch.as_tensor(index, device=self.device)
+        for name in COLUMNS:
+            setattr(self, name, getattr(self, name).index_select(0, index))
+        self.size = len(index)
+
+    def score(self, returns) -> float | None:
+        """D4RL's normalised mean return; None where no returns are known that score 0 and 100."""
+        low, high = self.score_range
+        if math.isnan(low + high):
+            return None
+        return 100 * (float(np.mean(returns)) - low) / (high - low)
+
+    def describe(self) -> dict:
+        """Name, size, mean return and a fingerprint of the contents, for the run record."""
+        digest = hashlib.blake2b(digest_size=8)
+        for name in COLUMNS:
+            digest.update(getattr(self, name).cpu().contiguous().numpy().ravel())
+        returns = self.returns()
+        return {"name": self.name, "fingerprint": digest.hexdigest(), "transitions": self.size,
+                "episodes": len(returns), "return_mean": float(returns.mean())}
+
+
+def load_dataset(name: str, device: str = "auto", discrete: bool | None = False,
+                 images: bool = False, eval_env: str = "auto", holdout: float = 0.0,
+                 held_out: bool = False) -> Dataset:
+    """A suite dataset (hopper-medium), a Minari dataset by its id, or a file by its path.
+
+    `discrete` says which actions the algorithm takes (None: both), `images` whether its network
+    takes images. `eval_env` is what to evaluate in: "auto" the recorded environment, "none"
+    nothing, or a Gymnasium id. `holdout` is the share of episodes that training must not see;
+    held_out=True gives these episodes instead. What does not fit ends the run with one line.
+    """
+    found = torch.cuda.is_available()
+    if device not in ("auto", "cpu", "cuda") or (device == "cuda" and not found):
+        fail(f"--device {device}: give auto, cpu or, where PyTorch finds one, cuda")
+    target = "cuda" if found and device != "cpu" else "cpu"
+    source = read_source(name, eval_env)
+    check_source(name, source, discrete, images)
+    columns = source.columns
+    columns["action"], action_space = scale_actions(name, columns["action"], source.action_space)
+    columns["terminated"] = columns["terminated"].astype(np.float32)
+    env_spec, score_range = choose_env(name, source, eval_env)
+    tensors = {key: torch.as_tensor(column) for key, column in columns.items()}
+    data = Dataset(name, tensors, action_space, env_spec, score_range, target)
+    if source.env:  # known also where nothing is evaluated
+        data.recorded_env = env_id(source.env) if source.env.startswith("{") else source.env
+    if holdout != 0 or held_out:
+        split_episodes(data, holdout, held_out)
+    return data
+
+
+# ---- 2. Evaluation
+
+MAX_ENVS = 20  # environments that evaluation holds at a time
+
+
+def make_env(env: str) -> gym.Env:
+    """From a Gymnasium id, or a recorded specification in JSON; it never renders.
+
+    The id may be module:Name-v0, where importing the module registers the environment.
+    """
+    if env.startswith("{"):
+        spec = EnvSpec.from_json(env)
+    else:
+        module, _, name = env.rpartition(":")
+        if module:
+            importlib.import_module(module)
+        spec = gym.spec(name)
+    if "mujoco" in str(spec.entry_point):
+        import mujoco  # its warnings about its own models would fill the terminal and a log file
+
         getattr(mujoco, "set_mju_user_warning", lambda handler: None)(lambda message: None)
-    return gym.make(gym.envs.registration.EnvSpec.from_json(env) if env[0] == "{" else env, disable_env_checker=True)
+    return gym.make(spec, disable_env_checker=True)
 
 
-def evaluate(act: Callable, env_id: str, episodes: int, seed: int = 0, device="cpu", record=None) -> np.ndarray:
-    """Undiscounted returns (E,) of a policy act(raw observations (E, S)) -> the environment's own actions (E, A), called once
-    per time step for all episodes: row i stays episode i until the last one ends, what it says for an ended one is ignored.
-    `record(i, obs, action, reward, next_obs, terminated, truncated)` sees each transition."""
-    envs, returns, alive = [make_env(env_id, i) for i in range(episodes)], np.zeros(episodes), list(range(episodes))
-    obs = np.stack([np.float32(env.reset(seed=seed + i)[0]) for i, env in enumerate(envs)])
+def encode_obs(space: spaces.Space, obs) -> np.ndarray:
+    """One observation as policies and datasets see it: flat float32 (S,), or an image as it is."""
+    if is_image(space):
+        return np.asarray(obs)
+    if isinstance(space, spaces.Box):
+        return np.asarray(obs, np.float32).ravel()
+    return np.asarray(spaces.flatten(space, obs), np.float32)
+
+
+def is_image(space: spaces.Space) -> bool:
+    """Bytes in two to four dimensions (a stack of colour images), at least 32 wide and high."""
+    if not isinstance(space, spaces.Box) or space.dtype != np.uint8:
+        return False
+    return len(space.shape) in (2, 3, 4) and sorted(space.shape)[-2] >= 32
+
+
+def decode_action(space: spaces.Space, action: np.ndarray):
+    """One row of what act gives, as the environment takes it."""
+    if isinstance(space, spaces.Discrete):
+        return int(action)
+    if np.issubdtype(space.dtype, np.integer):
+        action = np.round(action)
+    action = action.reshape(space.shape).astype(space.dtype)
+    return action.clip(space.low, space.high)  # float32 may have left them by its last digit
+
+
+def evaluate(act: Callable, env_spec: str, episodes: int, seed: int = 0, device="cpu",
+             max_steps: int | None = None, record: Callable | None = None) -> np.ndarray:
+    """Undiscounted returns (E,) of a policy, act: raw observations (E, S) -> own actions (E, A).
+
+    Episode i starts from seed + i. Up to MAX_ENVS episodes are played at a time, with one call of
+    act for all: row i remains one episode until the last one ends, and act's answer for an ended
+    episode is ignored. `max_steps` ends an episode where the environment sets no limit.
+    `record(i, obs, action, reward, next_obs, terminated, truncated)` sees each transition.
+    A policy with a memory has act.start(rows) and, called after each step, act.record(row, reward).
+    """
+    envs = []
+    returns = []
+    try:
+        for _ in range(min(episodes, MAX_ENVS)):
+            envs.append(make_env(env_spec))
+        for first in range(0, episodes, MAX_ENVS):
+            group = envs[:episodes - first]
+            returns += play(act, group, first, seed, device, max_steps, record)
+    finally:
+        for env in envs:
+            env.close()
+    return np.array(returns)
+
+
+def play(act: Callable, envs: list[gym.Env], first: int, seed: int, device,
+         max_steps: int | None, record: Callable | None) -> list[float]:
+    """One group of episodes, as described in evaluate; `first` is the number of its first."""
+    obs_space = envs[0].observation_space
+    action_space = envs[0].action_space
+    resets = [env.reset(seed=seed + first + i) for i, env in enumerate(envs)]
+    obs = np.stack([encode_obs(obs_space, start) for start, _ in resets])  # (E, S)
+    if hasattr(act, "start"):
+        act.start(len(envs))
+    returns = [0.0] * len(envs)
+    alive = list(range(len(envs)))
+    step = 0
     while alive:
-        action = act(torch.as_tensor(obs, device=device)).cpu().numpy()
+        step += 1
+        action = act(torch.as_tensor(obs, device=device)).cpu().numpy()  # (E, A)
         for i in tuple(alive):
-            next_obs, reward, terminated, truncated, _ = envs[i].step(action[i])
+            own = decode_action(action_space, action[i])
+            next_obs, reward, terminated, truncated, _ = envs[i].step(own)
+            next_obs = encode_obs(obs_space, next_obs)
+            reward = float(np.asarray(reward).item())  # some environments give an array (1,)
+            terminated = bool(terminated)
+            truncated = bool(truncated) or step == max_steps
             if record:
-                record(i, obs[i].copy(), action[i], reward, np.float32(next_obs), terminated, truncated)
-            obs[i], returns[i] = next_obs, returns[i] + reward
+                record(first + i, obs[i].copy(), action[i], reward, next_obs, terminated, truncated)
+            if hasattr(act, "record"):
+                act.record(i, reward)
+            obs[i] = next_obs
+            returns[i] += reward
             if terminated or truncated:
                 alive.remove(i)
     return returns
 
 
-Batch = namedtuple("Batch", "obs action reward next_obs terminated")  # (B, S), (B, A) or (B,) integers, (B,), (B, S), (B,)
+# ---- 3. Run record
+
+MAY_CHANGE = (  # settings that may be others when a run resumes: they do not change what it learns
+    "resume", "out", "device", "threads", "steps", "eval_every", "eval_episodes", "final_episodes",
+    "eval_env")
 
 
-class Dataset:
-    """Room for N transitions, which load_dataset or an online run fills: one packed tensor, so a batch is one gather."""
+class Run:
+    """The record of one run in <out>/<algorithm>/<env>/seed<k>/.
 
-    def __init__(self, name: str, env_id: str, capacity: int, device: str, refs: tuple[float, float]):
-        self.device = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
-        check(device in ("auto", self.device.type), f"--device {device}: give auto, cpu or, where PyTorch finds one, cuda")
-        env = make_env(env_id)
-        discrete = isinstance(env.action_space, gym.spaces.Discrete)
-        low, high = np.float32([[-1], [1]]) if discrete else (env.action_space.low, env.action_space.high)
-        self.name, self.env_id, self.refs = name, env_id, refs  # refs: the returns that score 0 and 100, or NaN
-        self.num_actions, self.kind = (int(env.action_space.n), "discrete") if discrete else (None, "continuous")
-        self.obs_dim, self.action_dim = int(np.prod(env.observation_space.shape)), len(low)
-        self.action_mid = torch.as_tensor((low + high) / 2, device=self.device)  # (A,) the environment's action is
-        self.action_half = torch.as_tensor((high - low) / 2, device=self.device)  # mid + half * action
-        self.packed = torch.zeros(capacity, 2 * self.obs_dim + self.action_dim + 2, device=self.device)  # see columns
-        self.truncated = torch.zeros(capacity, dtype=torch.bool, device=self.device)  # (N,)
-        self.size = torch.tensor(0, device=self.device)  # rows in use: N, or fewer while an online run fills them
+    It writes TensorBoard's events, settings.json, checkpoint.pt, policy.pt, policy.pt2 and
+    result.json. The checkpoint holds all that training changes, the random state and the curve,
+    and is written before an evaluation starts: a resumed run ends with the same numbers, bit for
+    bit, on the same machine.
+    """
 
-    def columns(self, rows: torch.Tensor) -> Batch:
-        """A row is [obs | action | next_obs | reward | terminated]; all but a discrete action are views of it."""
-        obs, action, next_obs, tail = rows.split([self.obs_dim, self.action_dim, self.obs_dim, 2], dim=1)
-        return Batch(obs, action[:, 0].long() if self.num_actions else action, tail[:, 0], next_obs, tail[:, 1])
+    def __init__(self, args, data: Dataset, variant: str = "", gflop: float = 0.5):
+        """Seeds torch, so make it before the networks.
 
-    def sample(self, batch_size: int) -> Batch:
-        """Uniform with replacement. The indices are drawn on the device, so that nothing waits for the host."""
-        return self.columns(self.packed[(torch.rand(batch_size, device=self.device) * self.size).long()])
+        `variant` names a mode: -top10 makes bc-top10 beside bc. `gflop` is the work of one update
+        (make bench prints it); it decides how many threads help.
+        """
+        check_range(args, "steps eval_every eval_episodes final_episodes", 1)
+        check_range(args, "seed", 0, 2**31 - 1)
+        check_range(args, "threads", 0)
+        use_threads(args.threads, gflop)
+        torch.manual_seed(args.seed)
+        self.args = args
+        self.data = data
+        self.dataset = data.describe()
+        self.module = Path(sys.modules[type(args).__module__].__file__).stem
+        self.algorithm = self.module + variant
+        env = Path(args.env).stem if is_file(args.env) else args.env
+        env = re.sub(r"[^\w.-]", "_", env)
+        self.folder = Path(args.out) / self.algorithm / env / f"seed{args.seed}"
+        self.checkpoint = self.folder / "checkpoint.pt"
+        self.max_steps = None  # of an evaluation's episode: data.env_spec has the limit
+        self.curve = []
+        self.seconds = 0.0  # of training
+        self.due = None  # (step, metrics) of a checkpoint whose evaluation is still to come
+        self.unsaved = False  # something was learned since the last checkpoint
+        self.stop = False  # Ctrl-C or SIGTERM came
 
-    def episodes(self) -> tuple[np.ndarray, np.ndarray]:
-        """First row of each episode and the row after its last, (E,) each; a last fragment, cut off by the file, counts."""
-        ends = self.columns(self.packed).terminated.bool() | self.truncated
-        stops = np.union1d(ends.nonzero().cpu().numpy() + 1, len(ends))
-        return np.append(0, stops[:-1]), stops
+    def begin(self, learned: dict, actor: torch.nn.Module) -> int:
+        """Takes all that training changes (modules, optimizers, tensors); actor.act is evaluated.
 
-    def returns(self) -> np.ndarray:
-        """Undiscounted return of each episode, (E,)."""
-        return np.add.reduceat(self.columns(self.packed).reward.double().cpu().numpy(), self.episodes()[0])
+        Returns the last step taken, 0 in a fresh run.
+        """
+        self.learned = learned
+        self.actor = actor
+        self.settings = asdict(self.args)
+        self.settings |= {"algorithm": self.algorithm, "data": self.dataset["fingerprint"]}
+        self._take_folder()
+        step = self._load_checkpoint() if self.args.resume else 0
+        write_json(self.folder / "settings.json", self.settings)
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, so after the checks
 
-    def score(self, returns) -> float | None:
-        """D4RL's normalised mean return; None without reference returns."""
-        low, high = self.refs
-        return None if np.isnan(low + high) else 100 * (float(np.mean(returns)) - low) / (high - low)
+        # events after the checkpoint will be written again, those of a due evaluation as well
+        self.writer = SummaryWriter(self.folder, purge_step=step if self.due else step + 1)
+        print(f"{self.algorithm} on {self.data.name} ({self.data.size:,} transitions), "
+              f"writes {self.folder}", flush=True)
+        self.bar = tqdm(total=self.args.steps, initial=step, unit=" updates", leave=False,
+                        mininterval=0.2 if sys.stderr.isatty() else 30)
+        self.handlers = {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.handlers[number] = signal.signal(number, self._on_signal)
+        if self.due:  # the last process ended between a checkpoint and its evaluation
+            self._evaluate_due()
+        self.unsaved = True
+        self.since = time.time()
+        return step
+
+    def step(self, step: int, metrics: dict[str, Tensor]) -> None:
+        """After each update. Every 100 it logs, every --eval-every it saves and evaluates.
+
+        After Ctrl-C it saves and ends the run.
+        """
+        if self.bar.n == self.bar.initial:
+            self.bar.unpause()  # its clock starts here: what was fitted before does not count
+        self.bar.update()
+        self.unsaved = True
+        due = step % self.args.eval_every == 0 or step == self.args.steps
+        if step % 100 != 0 and not due and not self.stop:
+            return
+        values = {name: float(value) for name, value in metrics.items()}
+        for name, value in values.items():
+            if not math.isfinite(value):
+                self._fail(f"{name} is {value} by step {step:,}; {self._last_state()}")
+        shown = " ".join(f"{name} {value:.3g}" for name, value in values.items())
+        self.bar.set_postfix_str(shown, refresh=False)
+        if due:
+            self.due = (step, values)
+        else:
+            self._log(step, values)
+        if due or self.stop:
+            self.save(step)
+        if self.stop:
+            self._fail(f"stopped after step {step:,}; {self._last_state()}")
+        if due:
+            self._evaluate_due()
+            self.since = time.time()  # evaluations do not count in updates per second
+
+    def save(self, step: int) -> None:
+        """Writes checkpoint.pt as the state after this step."""
+        now = time.time()
+        self.seconds += now - self.since
+        self.since = now
+        learned = {}
+        for name, part in self.learned.items():
+            learned[name] = part if isinstance(part, Tensor) else part.state_dict()
+        saved = {"step": step, "learned": learned, "settings": self.settings, "curve": self.curve,
+                 "due": self.due, "seconds": self.seconds, "rng": torch.get_rng_state()}
+        if self.data.device.type == "cuda":
+            saved["cuda_rng"] = torch.cuda.get_rng_state()
+        write_atomically(self.checkpoint, lambda part: torch.save(saved, part))
+        self.unsaved = False
+
+    def finish(self) -> None:
+        """Saves the final policy, evaluates it over --final-episodes, and writes result.json."""
+        args = self.args
+        data = self.data
+        self.bar.close()
+        save_policy(self.folder, self.module, self.algorithm, self.actor, data)
+        returns, score = self._evaluate("final", args.final_episodes, args.seed + 1000)
+        chip = torch.cuda.get_device_name() if data.device.type == "cuda" else platform.machine()
+        versions = {"torch": torch.__version__, "numpy": np.__version__,
+                    "gymnasium": gym.__version__}
+        result = {"algorithm": self.algorithm, "env": args.env, "seed": args.seed,
+                  "steps": args.steps, "args": asdict(args), "dataset": self.dataset,
+                  "env_id": env_id(data.env_spec), "versions": versions,
+                  "hardware": f"{chip}, {torch.get_num_threads()} threads",
+                  "matrix_products": PRODUCTS, "curve": self.curve, "final_returns": returns,
+                  "score": score, "seconds": self.seconds,
+                  "updates_per_second": args.steps / self.seconds}
+        write_json(self.folder / "result.json", result)
+        self.close()
+
+    def close(self) -> None:
+        """Gives back what begin took: signals, bar, events, folder."""
+        self._restore_signals()
+        self.bar.close()
+        self.writer.close()
+        self.lock.close()
+
+    def _fail(self, message: str) -> NoReturn:
+        self.close()
+        fail(message)
+
+    def _restore_signals(self) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def _take_folder(self) -> None:
+        """Locks the folder against other processes. A fresh run renames an earlier one."""
+        try:
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            self.lock = lock_file(self.folder.parent / f".{self.folder.name}.lock")
+            if self.lock is None:
+                fail(f"another process is writing {self.folder}; wait for its end, or give another "
+                     "--seed or --out")
+            if self.folder.exists() and not self.args.resume:
+                self.folder.rename(f"{self.folder}.{datetime.now():%Y%m%d-%H%M%S-%f}")
+            for part in self.folder.glob(".[0-9]*"):  # what a killed process left half written
+                part.unlink()
+        except OSError as error:
+            fail(f"could not write {self.folder}: {error}")
+
+    def _on_signal(self, number: int, frame) -> None:
+        """Ctrl-C or SIGTERM: the run ends after the update under way, when it is saved.
+
+        It ends at once where everything is saved already, and at the second Ctrl-C. A second
+        SIGTERM changes nothing: Slurm sends one to each process of a job, and parents forward it.
+        """
+        if self.unsaved and (not self.stop or number == signal.SIGTERM):
+            self.stop = True
+            return
+        self._restore_signals()
+        self.bar.close()  # not the writer: the signal may have come in the midst of its work
+        fail(f"stopped; {self._last_state()}")
+
+    def _last_state(self) -> str:
+        if self.checkpoint.exists():
+            return f"the same command with --resume continues from {self.checkpoint}"
+        return "nothing was saved yet"
+
+    def _load_checkpoint(self) -> int:
+        """Brings back the state that the checkpoint holds, and returns its step."""
+        path = self.checkpoint
+        if not path.exists():
+            fail(f"--resume, but there is no {path}; start without --resume")
+        try:
+            saved = torch.load(path, map_location=self.data.device, weights_only=True)
+            step = saved["step"]
+            other = [f"{key} was {value}" for key, value in saved["settings"].items()
+                     if key not in MAY_CHANGE and self.settings.get(key) != value]
+            if other:
+                fail(f"--resume with other settings: {', '.join(other)}; "
+                     "use the same or start without --resume")
+            if step > self.args.steps:
+                fail(f"--resume, but {path} is of step {step:,}, more than --steps "
+                     f"{self.args.steps:,}")
+            for name, part in self.learned.items():
+                if isinstance(part, Tensor):
+                    part.data.copy_(saved["learned"][name])
+                else:
+                    part.load_state_dict(saved["learned"][name])
+                if isinstance(part, torch.optim.Optimizer):
+                    for group in part.param_groups:  # a run on a CPU may continue on CUDA
+                        group["capturable"] = self.data.device.type == "cuda"
+            self.curve = saved["curve"]
+            self.seconds = saved["seconds"]
+            self.due = saved["due"]
+            torch.set_rng_state(saved["rng"].cpu())
+            if self.data.device.type == "cuda" and "cuda_rng" in saved:
+                torch.cuda.set_rng_state(saved["cuda_rng"].cpu())
+        except Exception as error:
+            fail(f"--resume, but {path} is damaged or not of this program "
+                 f"({type(error).__name__}); start without --resume")
+        return step
+
+    def _log(self, step: int, values: dict[str, float], group: str = "train") -> None:
+        try:
+            for name, value in values.items():
+                self.writer.add_scalar(f"{group}/{name}", value, step)
+            self.writer.flush()  # a kill must not cost events that come before a checkpoint
+        except OSError as error:
+            self._fail(f"could not write {self.folder}: {error}")
+
+    def _evaluate_due(self) -> None:
+        """The evaluation that belongs to the last checkpoint."""
+        step, values = self.due
+        returns, score = self._evaluate(f"step {step:,}", self.args.eval_episodes, self.args.seed)
+        self._log(step, values)
+        if returns:
+            self._log(step, {"return": float(np.mean(returns))}, "eval")
+        self.curve.append({"step": step, "returns": returns, "score": score, "metrics": values})
+        self.due = None
+
+    def _evaluate(self, label: str, episodes: int, seed: int) -> tuple[list[float], float | None]:
+        """Returns and score, empty without an environment. Training's random state stays."""
+        data = self.data
+        if data.env_spec is None:
+            self.bar.write(f"{label:<15} no environment, nothing is rolled out")
+            return [], None
+        cuda = [torch.cuda.current_device()] if data.device.type == "cuda" else []
+        try:
+            with torch.random.fork_rng(cuda):
+                torch.manual_seed(seed)
+                returns = evaluate(self.actor.act, data.env_spec, episodes, 10**6 * seed,
+                                   data.device)
+        except Exception as error:  # whatever an environment may raise
+            self._fail(f"the evaluation in {env_id(data.env_spec)} failed ("
+                       f"{type(error).__name__}: {error}); training is saved in {self.checkpoint}, "
+                       "and --resume --eval-env none continues without evaluation")
+        score = data.score(returns)
+        shown = "none" if score is None else f"{score:.1f}"
+        self.bar.write(f"{label:<15} return {returns.mean():8.1f} ± {returns.std():6.1f}   "
+                       f"score {shown:>6}")
+        return returns.tolist(), score
 
 
-def read_minari(dataset_id: str) -> dict:
-    """A Minari dataset as flat arrays, through a cache beside it: one HDF5 group per episode is slow to read."""
-    import minari
-    folder = minari.storage.get_dataset_path(dataset_id)
-    if not folder.exists() and dataset_id.startswith("local/"):
-        check(COLLECT.exists(), f"{dataset_id} is not built, and only the repository holds what builds it: {COLLECT}")
-        check(not subprocess.run([sys.executable, COLLECT, dataset_id]).returncode, f"{dataset_id} was not built")
-    elif not folder.exists():
-        minari.download_dataset(dataset_id)
-    cache_file, stamp = folder / "flat.npz", str((folder / "data" / "metadata.json").stat().st_mtime_ns)
-    if cache_file.exists() and str((flat := dict(np.load(cache_file)))["stamp"]) == stamp:
-        return flat
-    dataset = minari.load_dataset(dataset_id)
-    meta, spec = dataset.storage.metadata, make_env(dataset.env_spec.to_json()).spec
-    episodes = [(e.observations[:-1], e.actions, e.rewards, e.observations[1:], e.terminations, e.truncations)
-                for e in tqdm(dataset, desc=f"reading {dataset_id}", unit=" episodes")]  # T + 1 observations each
-    flat = {key: np.concatenate(values) for key, values in zip(KEYS, zip(*episodes))}
-    flat |= dict(env=spec.to_json() if spec.kwargs else spec.id, stamp=stamp,
-                 refs=[meta.get("ref_min_score", np.nan), meta.get("ref_max_score", np.nan)])
-    if os.access(folder, os.W_OK):
-        write_atomically(cache_file, lambda part: np.savez(open(part, "wb"), **flat))
-    return flat
+# ---- 4. Reading: data as people have them
+
+COLLECT = HERE / "results" / "behavior" / "collect.py"  # builds the suite's datasets
+OTHER_BODIES = {  # D4RL's further bodies, as in SUITE; None: no environment of today has its data
+    "antmaze": (None, 0.0, 1.0),
+    "ant": ("Ant-v5", -325.6, 3879.7),
+    "pen": ("gymnasium_robotics:AdroitHandPen-v1", 96.262799, 3076.8331017826877),
+    "hammer": ("gymnasium_robotics:AdroitHandHammer-v1", -274.856578, 12794.134825156867),
+    "door": ("gymnasium_robotics:AdroitHandDoor-v1", -56.512833, 2880.5693087298737),
+    "relocate": ("gymnasium_robotics:AdroitHandRelocate-v1", -6.425911, 4233.877797728884),
+}
+DESKTOP_WRAPPERS = ("RecordVideo", "HumanRendering", "RenderCollection")  # they film or show
+KEYS = ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations")
 
 
-def read_d4rl(path: Path) -> dict:
-    """D4RL's flat file. Where it has no `next_observations`, the state after a time limit is unknown: left out."""
-    import h5py
-    body = next((body for body in SUITE if path.stem.lower().startswith(body)), None)
-    check(path.exists(), f"there is no file {path}")
-    check(body, f"{path.name}: the name must start with the body it is from, one of {', '.join(SUITE)}")
-    with h5py.File(path) as file:
-        obs, action, reward, terminated = (file[k][:] for k in ("observations", "actions", "rewards", "terminals"))
-        truncated = file["timeouts"][:].astype(bool) if "timeouts" in file else np.zeros(len(obs), bool)
-        next_obs = file["next_observations"][:] if "next_observations" in file else None
-    check(len(obs) == len(action) == len(reward) == len(terminated) == len(truncated), f"{path}: columns differ in length")
-    keep, terminated = np.ones(len(obs), bool), terminated.astype(bool)
-    if next_obs is None and len(obs):
-        next_obs = np.append(obs[1:], obs[-1:], axis=0)  # wrong after a termination, and never looked at there
-        keep = terminated | ~truncated
-        keep[-1] = terminated[-1]
-        truncated[:-1] |= truncated[1:] & ~keep[1:] & ~terminated[:-1]  # such an episode now ends one row earlier
-    flat = (x[keep] for x in (obs, action, reward, next_obs, terminated, truncated))
-    return dict(zip(KEYS, flat), env=SUITE[body][0], refs=SUITE[body][1:])
+class Source(NamedTuple):
+    """What was read: numpy columns of N rows, their actions in the units of the recording."""
+
+    columns: dict[str, np.ndarray]
+    obs_space: spaces.Space
+    action_space: spaces.Space
+    env: str | None  # a recorded specification, or an id
+    score_range: tuple[float, float]
 
 
-def load_dataset(name: str, device: str = "auto", discrete: bool = False) -> Dataset:
-    """A suite name (hopper-medium; built when absent), a Minari id (has a slash) or the path of a D4RL .hdf5 file."""
-    near = ", ".join(difflib.get_close_matches(name, NAMES, 3, 0))
-    check(name in NAMES or "/" in name or name.endswith(".hdf5"), f"unknown dataset '{name}'; near are {near}")
-    body, _, level = name.partition("-")
-    levels = ("medium", "expert") if level == "medium-expert" else (level,)
-    ids = [f"local/{body}/{level}-v0" for level in levels] if name in NAMES else [name]
+def is_file(name: str) -> bool:
+    return name.lower().endswith((".hdf5", ".h5", ".npz"))
+
+
+def env_id(env_spec: str | None) -> str | None:
+    return json.loads(env_spec)["id"] if env_spec else None
+
+
+def read_source(name: str, eval_env: str) -> Source:
+    """What stands behind a name. A dataset of the suite is built, another one downloaded first."""
+    ids = [name]
+    if name in NAMES:
+        body, _, level = name.partition("-")
+        levels = ("medium", "expert") if level == "medium-expert" else (level,)
+        ids = [build_suite_dataset(body, each) for each in levels]
+    elif not is_file(name):
+        find_minari(name)
     try:
-        parts = [read_d4rl(Path(i).expanduser()) if i.endswith(".hdf5") else read_minari(i) for i in ids]
-    except Exception as error:  # whatever a network, a damaged file, exotic spaces or a lacking environment may have
-        check(False, f"can't read {name}: {type(error).__name__}, {error}; delete what is damaged to have it made anew")
-    flat = [torch.as_tensor(np.concatenate([np.float32(part[key]) for part in parts])) for key in KEYS]
-    obs, action, reward, next_obs, terminated, truncated = (x.reshape(len(x), x[:1].numel()) for x in flat)  # all (N, ·)
-    data = Dataset(name, str(parts[0]["env"]), len(obs), device, tuple(map(float, parts[0]["refs"])))
-    check(discrete == bool(data.num_actions), f"{name} has {data.kind} actions, and this algorithm needs the other kind")
-    damaged = (~torch.cat([obs, action, reward, next_obs], dim=1).isfinite()).any(dim=1).nonzero()[:, 0].tolist()
-    check(len(obs) and not damaged, f"{name} is empty or damaged: not finite are the numbers of transitions {damaged[:3]}")
-    check((obs.shape[1], action.shape[1]) == (data.obs_dim, data.action_dim), f"{name} has {obs.shape[1]} observed numbers and "
-          f"{action.shape[1]} actions, {data.env_id} has {data.obs_dim} and {data.action_dim}")
-    action = (action - data.action_mid.cpu()) / data.action_half.cpu()
-    check(discrete or action.abs().max() < 1.001, f"{name} has actions outside the bounds of {data.env_id}")
-    data.packed.copy_(torch.cat([obs, action, next_obs, reward, terminated], dim=1))
-    data.truncated.copy_(truncated[:, 0])
-    data.size.fill_(len(obs))
-    return data
+        with np.errstate(over="ignore"):  # check_source names what float32 can't hold
+            if is_file(name):
+                return read_file(Path(name).expanduser(), eval_env)
+            return join([read_minari(each) for each in ids])
+    except KeyboardInterrupt:
+        fail(f"stopped while {name} was read; nothing was written")
+    except Exception as error:  # a damaged file, an unknown layout
+        fail(f"can't read {name}: {type(error).__name__}, {error}")
+
+
+def join(sources: list[Source]) -> Source:
+    """One dataset after the other; no episode continues in the next dataset."""
+    for source in sources[:-1]:
+        source.columns["truncated"][-1] |= not source.columns["terminated"][-1]
+    columns = {key: np.concatenate([source.columns[key] for source in sources]) for key in COLUMNS}
+    return sources[0]._replace(columns=columns)
+
+
+def build_suite_dataset(body: str, level: str) -> str:
+    """The dataset's id. collect.py builds it where it is absent or of earlier policies."""
+    from minari.storage import get_dataset_path
+
+    dataset_id = f"local/{body}/{level}-v0"
+    folder = get_dataset_path(dataset_id)
+    if folder.exists():
+        if not COLLECT.exists() or built_from(folder) == behavior_digest(body, level):
+            return dataset_id
+        notice(f"{body}-{level} on this disk is of earlier behaviour policies; it is built anew")
+    if not COLLECT.exists():
+        fail(f"{dataset_id} is not built, and only the repository can build it, with {COLLECT}")
+    try:
+        failed = subprocess.run([sys.executable, COLLECT, dataset_id]).returncode != 0
+    except KeyboardInterrupt:
+        failed = True
+    if failed:
+        fail(f"{dataset_id} was not built")
+    return dataset_id
+
+
+def behavior_digest(body: str, level: str) -> str:
+    """Tells the policies of one level from others; results/behavior/choose.py wrote it."""
+    path = COLLECT.parent / f"{body}.npz"
+    if level == "random" or not path.exists():
+        return level
+    with np.load(path) as saved:
+        return json.loads(str(saved["digests"])).get(level, level)
+
+
+def built_from(folder: Path) -> str:
+    """The digest of the policies that a built dataset comes from."""
+    path = folder / "behavior"
+    return path.read_text() if path.exists() else "unknown"
+
+
+def find_minari(name: str) -> None:
+    """Downloads a Minari dataset that is absent. Ends the run where the name can't be one."""
+    import minari
+
+    if re.fullmatch(r"[\w./-]+", name):
+        if (minari.storage.get_dataset_path(name) / "data").exists():
+            return
+    near = ", ".join(difflib.get_close_matches(name, NAMES, 3, 0))
+    if not re.fullmatch(r"[\w-]+(/[\w-]+)+", name) or Path(name).exists():
+        fail(f"unknown dataset '{name}'; near are {near}; a file must be .hdf5, .h5 or .npz")
+    try:
+        minari.download_dataset(name)
+    except Exception as error:  # whatever a network or a store may have
+        fail(f"{name} is not on this disk and could not be downloaded ({type(error).__name__}: "
+             f"{error}); datasets that are built here have names like {near}")
+
+
+def read_minari(dataset_id: str) -> Source:
+    """A Minari dataset. Its columns are kept beside it: one group per episode is slow to read."""
+    from minari.dataset.minari_storage import MinariStorage
+    from minari.storage import get_dataset_path
+
+    folder = get_dataset_path(dataset_id)
+    storage = MinariStorage.read(folder / "data")
+    check_action_space(dataset_id, storage.action_space)
+    kept = folder / "columns.npz"
+    stamp = str((folder / "data" / "metadata.json").stat().st_mtime_ns)
+    columns = read_kept_columns(kept, stamp)
+    if columns is None:
+        columns = flatten_episodes(dataset_id, storage)
+        if os.access(folder, os.W_OK):
+            write_atomically(kept, lambda part: np.savez(part, stamp=stamp, **columns))
+    meta = storage.metadata
+    score_range = (float(meta.get("ref_min_score", math.nan)),
+                   float(meta.get("ref_max_score", math.nan)))
+    return Source(columns, storage.observation_space, storage.action_space,
+                  meta.get("eval_env_spec") or meta.get("env_spec"), score_range)
+
+
+def read_kept_columns(path: Path, stamp: str) -> dict[str, np.ndarray] | None:
+    """None where they are absent, damaged, or of an earlier state of the dataset."""
+    try:
+        with np.load(path) as file:
+            return {key: file[key] for key in COLUMNS} if str(file["stamp"]) == stamp else None
+    except Exception:
+        return None
+
+
+def flatten_episodes(dataset_id: str, storage) -> dict[str, np.ndarray]:
+    """The columns of all episodes. A Minari episode has T + 1 observations for T actions."""
+    parts = {key: [] for key in COLUMNS}
+    total = storage.total_episodes
+    bar = tqdm(storage.get_episodes(range(total)), f"reading {dataset_id}", total, leave=False,
+               disable=None)
+    for number, episode in enumerate(bar):
+        steps = len(episode["rewards"])
+        obs = flatten_obs(storage.observation_space, episode["observations"])
+        if len(obs) != steps + 1:
+            notice(f"episode {number} of {dataset_id} is left out: it has {len(obs)} observations "
+                   f"for {steps} steps, not {steps + 1}")
+            continue
+        terminated = np.array(episode["terminations"], bool).reshape(steps)
+        truncated = np.array(episode["truncations"], bool).reshape(steps)
+        if number < total - 1:
+            truncated[-1] |= not terminated[-1]  # the next episode does not continue this one
+        parts["obs"].append(obs[:-1])
+        parts["action"].append(np.asarray(episode["actions"]).reshape(steps, -1))
+        parts["reward"].append(np.asarray(episode["rewards"], np.float32).reshape(steps))
+        parts["next_obs"].append(obs[1:])
+        parts["terminated"].append(terminated)
+        parts["truncated"].append(truncated)
+    if not parts["obs"]:
+        fail(f"{dataset_id} has no complete episode")
+    return {key: np.concatenate(columns) for key, columns in parts.items()}
+
+
+def flatten_obs(space: spaces.Space, values) -> np.ndarray:
+    """T observations as encode_obs makes them, (T, S)."""
+    return np.asarray(values) if is_image(space) else flatten_part(space, values)
+
+
+def flatten_part(space: spaces.Space, values) -> np.ndarray:
+    """T values of a space, (T, S); the parts of Dict and Tuple spaces side by side."""
+    if isinstance(space, spaces.Box):
+        return np.asarray(values, np.float32).reshape(len(values), -1)
+    if isinstance(space, spaces.Dict):
+        parts = [flatten_part(part, values[key]) for key, part in space.spaces.items()]
+        return np.concatenate(parts, axis=1)
+    if isinstance(space, spaces.Tuple):
+        parts = [flatten_part(part, column) for part, column in zip(space.spaces, values)]
+        return np.concatenate(parts, axis=1)
+    return np.stack([np.asarray(spaces.flatten(space, value), np.float32) for value in values])
+
+
+def read_file(path: Path, eval_env: str) -> Source:
+    """Flat arrays with D4RL's keys. A known body in the name tells environment and scores."""
+    arrays = read_arrays(path)
+    count = len(arrays["rewards"])
+    obs = arrays["observations"]
+    bounds = (0, 255) if obs.dtype == np.uint8 else (-np.inf, np.inf)
+    obs_space = spaces.Box(*bounds, obs.shape[1:], obs.dtype)
+    columns = {"obs": flatten_obs(obs_space, obs), "action": arrays["actions"],
+               "reward": arrays["rewards"].astype(np.float32).reshape(count),
+               "next_obs": None, "terminated": arrays["terminals"].astype(bool).reshape(count)}
+    if "next_observations" in arrays:
+        columns["next_obs"] = flatten_obs(obs_space, arrays["next_observations"])
+    env_name, *score_range = known_body(path)
+    if eval_env not in ("auto", "none"):
+        env_name = eval_env
+    env = env_with_such_obs(env_name, columns["obs"])
+    if "timeouts" in arrays:
+        columns["truncated"] = arrays["timeouts"].astype(bool).reshape(count)
+    else:
+        columns["truncated"] = find_ends(path.name, columns, env)
+    if "next_observations" not in arrays:
+        columns = infer_next_obs(columns)
+    action_space = file_action_space(path.name, arrays["actions"], env)
+    return Source(columns, obs_space, action_space, env_name, tuple(score_range))
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of a file that have D4RL's keys: at least the first four, all of one length."""
+    if not path.is_file():
+        fail(f"{path} is a folder" if path.exists() else f"there is no file {path}")
+    if path.suffix.lower() == ".npz":
+        opened = np.load(path)
+    else:
+        import h5py
+
+        opened = h5py.File(path)
+    with opened as file:
+        found = list(file)
+        arrays = {key: file[key][()] for key in KEYS if key in found}
+    missing = [key for key in KEYS[:4] if key not in found]
+    if missing:
+        fail(f"{path} lacks {', '.join(missing)}; looked for {', '.join(KEYS)}, of which the last "
+             f"two may be absent; found {', '.join(found)}")
+    count = len(arrays["rewards"])
+    if count == 0:
+        fail(f"{path} is empty")
+    for key, array in arrays.items():
+        if len(array) != count:
+            fail(f"{path}: its columns differ in length: {count} rewards, {len(array)} {key}")
+        if key in ("rewards", "terminals", "timeouts") and array.size != count:
+            fail(f"{path}: {key} must be one number per row, its shape is {array.shape}")
+    return arrays
+
+
+def known_body(path: Path) -> tuple[str | None, float, float]:
+    """Environment and scores of the body that a file's name begins with; antenna is no ant."""
+    for body, entry in (SUITE | OTHER_BODIES).items():
+        if re.match(rf"{body}(?![a-z])", path.stem.lower()):
+            return entry
+    return (None, *NO_RANGE)
+
+
+def env_with_such_obs(env_name: str | None, obs: np.ndarray) -> gym.Env | None:
+    """The environment of this name, where it can be made and observes as the data do."""
+    try:
+        env = make_env(env_name)
+    except Exception:  # choose_env says what is wrong
+        return None
+    return env if encoded_shape(env.observation_space) == obs.shape[1:] else None
+
+
+def find_ends(name: str, columns: dict[str, np.ndarray], env: gym.Env | None) -> np.ndarray:
+    """`truncated` of a file without timeouts: where next_obs breaks, and at the time limit."""
+    terminated = columns["terminated"]
+    truncated = np.zeros(len(terminated), bool)
+    if columns["next_obs"] is not None:
+        same = np.isclose(columns["next_obs"][:-1], columns["obs"][1:], rtol=1e-4, atol=1e-5)
+        truncated[:-1] = ~same.all(axis=tuple(range(1, same.ndim)))
+    limit = env.spec.max_episode_steps if env else None
+    if limit:
+        truncated |= steps_in_episode(terminated | truncated) % limit == limit - 1
+    truncated &= ~terminated
+    if truncated.any():
+        notice(f"{name} has no timeouts; {truncated.sum()} episode ends were found where "
+               f"next_observations break and at the time limit ({limit or 'none known'})")
+    elif not terminated.any():
+        notice(f"{name} has no timeouts and no terminals, so all of it counts as one episode")
+    return truncated
+
+
+def steps_in_episode(ends: np.ndarray) -> np.ndarray:
+    """The number of each row in its episode, from 0; `ends` marks the last rows."""
+    starts = np.append(0, np.flatnonzero(ends[:-1]) + 1)
+    lengths = np.diff(np.append(starts, len(ends)))
+    return np.arange(len(ends)) - np.repeat(starts, lengths)
+
+
+def infer_next_obs(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """next_obs is the next row's obs. After a truncation it is unknown: the row is left out."""
+    obs = columns["obs"]
+    terminated = columns["terminated"]
+    truncated = columns["truncated"].copy()
+    # after a termination it is another episode's first state, and is never looked at
+    next_obs = np.append(obs[1:], obs[-1:], axis=0)
+    keep = terminated | ~truncated
+    keep[-1] = terminated[-1]
+    # an episode whose last row is left out ends one row earlier
+    truncated[:-1] |= truncated[1:] & ~keep[1:] & ~terminated[:-1]
+    columns = columns | {"next_obs": next_obs, "truncated": truncated}
+    return {key: column[keep] for key, column in columns.items()}
+
+
+def file_action_space(name: str, action: np.ndarray, env: gym.Env | None) -> spaces.Space:
+    """The environment's action space, where the actions have its shape, else what they show."""
+    numbers = action.size // len(action)  # per row
+    whole = numbers == 1 and (action == np.round(action)).all()
+    space = env.action_space if env else None
+    if isinstance(space, spaces.Discrete) and whole:
+        return space
+    if isinstance(space, spaces.Box) and math.prod(space.shape) == numbers:
+        return space
+    if whole and np.issubdtype(action.dtype, np.integer):
+        if action.min() > 0:
+            notice(f"{name} has no action 0; discrete actions are counted from 0")
+        return spaces.Discrete(max(1, int(action.max()) + 1))
+    return spaces.Box(-np.inf, np.inf, (numbers,), np.float32)
+
+
+def check_source(name: str, source: Source, discrete: bool | None, images: bool) -> None:
+    """Ends the run where there are no rows, numbers that are not finite, or unsuited spaces."""
+    if not len(source.columns["reward"]):
+        fail(f"{name} has no transition whose next observation is known")
+    for key, column in source.columns.items():
+        if np.issubdtype(column.dtype, np.floating) and not np.isfinite(column).all():
+            bad = ~np.isfinite(column.reshape(len(column), -1)).all(axis=1)
+            fail(f"{name} has numbers in {key} that are not finite in float32, in {bad.sum()} "
+                 f"transitions, the first are {np.flatnonzero(bad)[:3].tolist()}")
+    if is_image(source.obs_space) and not images:
+        fail(f"{name} has images of shape {source.obs_space.shape} as observations; dqn.py and "
+             "rem.py take images")
+    check_action_space(name, source.action_space)
+    found = isinstance(source.action_space, spaces.Discrete)
+    if discrete is False and found:
+        fail(f"{name} has discrete actions, this algorithm needs continuous ones; for discrete "
+             "ones there are bc.py, cql_discrete.py, dqn.py and rem.py")
+    if discrete is True and not found:
+        fail(f"{name} has continuous actions, this algorithm needs discrete ones (an integer per "
+             "transition); for continuous ones there is td3_bc.py")
+
+
+def check_action_space(name: str, space: spaces.Space) -> None:
+    if not isinstance(space, (spaces.Box, spaces.Discrete)):
+        fail(f"{name} has {type(space).__name__} actions; only Box and Discrete ones can be used. "
+             "A MultiDiscrete or MultiBinary action can be recorded as one Discrete number, one "
+             "for each combination")
+
+
+def scale_actions(name: str, action: np.ndarray,
+                  space: spaces.Space) -> tuple[np.ndarray, spaces.Space]:
+    """Actions in the algorithms' units, [-1, 1] or integers from 0; the space, with its bounds."""
+    action = action.reshape(len(action), -1)
+    if isinstance(space, spaces.Discrete):
+        first = int(space.start)
+        last = first + int(space.n) - 1
+        if action.shape[1] != 1 or (action != np.round(action)).any():
+            fail(f"{name}: a discrete action must be one whole number; shape {action.shape}")
+        action = action[:, 0].astype(np.int64)
+        if action.min() < first or action.max() > last:
+            fail(f"{name}: actions must be {first} to {last}, "
+                 f"found {action.min()} to {action.max()}")
+        return action - first, space
+    low = space.low.ravel()
+    high = space.high.ravel()
+    if action.shape[1:] != low.shape:
+        fail(f"{name} has actions of shape {action.shape[1:]}, its action space {low.shape}")
+    action = action.astype(np.float32)
+    unbounded = ~np.isfinite(low) | ~np.isfinite(high)
+    if unbounded.any():
+        notice(f"{name} has no finite action bounds; its smallest and largest actions are taken")
+        low = np.where(unbounded, action.min(axis=0), low)
+        high = np.where(unbounded, action.max(axis=0), high)
+    mid, half = action_units(low, high)
+    scaled = (action - mid) / half
+    outside = int((np.abs(scaled) > 1.001).any(axis=1).sum())
+    if outside:
+        notice(f"{outside} of {len(action)} recorded actions of {name} lie outside the bounds and "
+               "are clipped to them")
+    return scaled.clip(-1, 1), spaces.Box(np.float32(low), np.float32(high))
+
+
+def action_units(low, high) -> tuple[np.ndarray, np.ndarray]:
+    """Middle and half width of the action bounds, (A,) each; where they are equal, half is 1."""
+    low = np.atleast_1d(np.float32(low))
+    high = np.atleast_1d(np.float32(high))
+    half = (high - low) / 2
+    return (low + high) / 2, np.where(half == 0, np.float32(1), half)
+
+
+def split_episodes(data: Dataset, holdout: float, held_out: bool) -> None:
+    """Keeps the episodes for training, or those held out. Data and share alone decide which."""
+    starts, stops = data.episodes()
+    count = round(holdout * len(starts))
+    if not 0 < count < len(starts):
+        fail(f"--holdout {holdout} of {data.name}'s {len(starts)} episodes leaves one side empty")
+    order = np.random.default_rng(0).permutation(len(starts))
+    chosen = np.sort(order[:count] if held_out else order[count:])
+    data.keep(np.concatenate([np.arange(starts[i], stops[i]) for i in chosen]))
+
+
+def choose_env(name: str, source: Source,
+               eval_env: str) -> tuple[str | None, tuple[float, float]]:
+    """The specification to evaluate in, None for nothing, and the returns that score 0 and 100."""
+    recorded = source.env
+    score_range = source.score_range
+    if eval_env == "none":
+        return None, score_range
+    if eval_env != "auto":
+        recorded = eval_env
+        ranges = {env: (low, high) for env, low, high in SUITE.values()}
+        score_range = ranges.get(eval_env, NO_RANGE)
+    if recorded is None:
+        notice(f"no environment is known for {name}; nothing is evaluated; --eval-env gives one")
+        return None, score_range
+    try:
+        env_spec = clean_spec(recorded)
+        env = make_env(env_spec)
+        wanted = encoded_shape(env.observation_space)
+        env.close()
+    except Exception as error:
+        shown = env_id(recorded) if recorded.startswith("{") else recorded
+        message = f"the environment {shown} can't be made here ({type(error).__name__}: {error})"
+        if eval_env != "auto":
+            fail(message)
+        notice(f"{message}; nothing is evaluated")
+        return None, score_range
+    found = source.columns["obs"].shape[1:]
+    if wanted == found and can_play(env.action_space, source.action_space):
+        return limit_time(env_spec, source.columns), score_range
+    message = (f"{name} has observations of shape {found} and actions {source.action_space}, "
+               f"{env_id(env_spec)} has {wanted} and {env.action_space}")
+    if eval_env == "auto" and recorded in [entry[0] for entry in OTHER_BODIES.values()]:
+        notice(f"{message}; nothing is evaluated")
+        return None, score_range
+    fail(f"{message}; --eval-env gives another environment, --eval-env none trains without one")
+
+
+def encoded_shape(space: spaces.Space) -> tuple[int, ...]:
+    return space.shape if is_image(space) else (spaces.flatdim(space),)
+
+
+def can_play(space: spaces.Space, recorded: spaces.Space) -> bool:
+    """Whether actions of the recorded space can be played in the other."""
+    if isinstance(space, spaces.Box) and isinstance(recorded, spaces.Box):
+        return math.prod(space.shape) == math.prod(recorded.shape)
+    return space == recorded
+
+
+def limit_time(env_spec: str, columns: dict[str, np.ndarray]) -> str:
+    """Where an environment has no time limit, an episode ends after the longest of the data."""
+    spec = json.loads(env_spec)
+    if spec["max_episode_steps"] is None:
+        ends = columns["terminated"].astype(bool) | columns["truncated"]
+        spec["max_episode_steps"] = int(steps_in_episode(ends).max()) + 1
+        notice(f"{spec['id']} has no time limit; evaluation ends an episode after "
+               f"{spec['max_episode_steps']} steps, the longest of the data")
+    return json.dumps(spec)
+
+
+def clean_spec(env: str) -> str:
+    """A specification in JSON, without what can't or needn't be rebuilt here."""
+    if not env.startswith("{"):
+        return make_env(env).spec.to_json()
+    known = set(EnvSpec.__dataclass_fields__) - {"namespace", "name", "version"}
+    spec = {key: value for key, value in json.loads(env).items() if key in known}
+    spec["kwargs"] = dict(spec.get("kwargs") or {})
+    spec["kwargs"].pop("render_mode", None)
+    wrappers = []
+    for wrapper in spec.get("additional_wrappers") or []:
+        if wrapper["kwargs"] is None:
+            notice(f"the wrapper {wrapper['name']} of the recording can't be rebuilt; left out")
+        elif wrapper["name"] not in DESKTOP_WRAPPERS:
+            wrappers.append(wrapper)
+    spec["additional_wrappers"] = wrappers
+    return json.dumps(spec)
+
+
+# ---- 5. Files
 
 
 def write_atomically(path: Path, write: Callable) -> None:
     """`write` a neighbour and rename it: a kill or a full disk leaves the old file whole."""
-    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part = path.with_name(f".{os.getpid()}.{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(part)
         part.replace(path)
     except (OSError, RuntimeError) as error:  # torch.save calls a full disk a RuntimeError
-        part.exists() and part.unlink()
-        check(False, f"could not write {path}: {error}")
+        fail(f"could not write {path}: {error}")
+    finally:
+        with suppress(OSError):
+            part.unlink()
+
+
+def write_json(path: Path, content: dict) -> None:
+    write_atomically(path, lambda part: part.write_text(json.dumps(content, indent=1)))
+
+
+def lock_file(path: Path):
+    """Opens a file that one process at a time may hold; None where another process holds it.
+
+    The lock ends with its process, also with a killed one. The empty file stays.
+    """
+    file = open(path, "w")
+    try:
+        import fcntl
+
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):  # another process holds it
+        file.close()
+        return None
+    except (ImportError, OSError):  # Windows and some network disks have no such locks
+        pass
+    return file
+
+
+def save_policy(folder: Path, module: str, algorithm: str, actor: torch.nn.Module,
+                data: Dataset) -> None:
+    """Writes policy.pt for load_policy, and policy.pt2 where the policy has no memory."""
+    actor = copy.deepcopy(actor).cpu()
+    init = getattr(actor, "init", [data.obs_dim, data.num_actions or data.action_dim])
+    saved = {"module": module, "class": type(actor).__name__, "algorithm": algorithm,
+             "env_spec": data.env_spec, "init": init, "actor": actor.state_dict()}
+    write_atomically(folder / "policy.pt", lambda part: torch.save(saved, part))
+    if not hasattr(actor.act, "start"):
+        export_policy(actor, data.obs[[0, 0]].cpu(), folder / "policy.pt2")
+
+
+def load_policy(path: str | Path, device="cpu") -> Callable:
+    """act of a saved policy (policy.pt or the run's folder): raw observations (B, S) to actions.
+
+    The file that trained it must lie in algorithms/ or beside this file. Where act has a memory
+    (Decision Transformer), call act.start(B) before the first step of B new episodes.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / "policy.pt"
+    for folder in (HERE, HERE / "algorithms"):
+        if str(folder) not in sys.path:
+            sys.path.append(str(folder))
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        actor = getattr(importlib.import_module(saved["module"]), saved["class"])(*saved["init"])
+        actor.load_state_dict(saved["actor"])
+    except Exception as error:
+        fail(f"can't load the policy {path}: {type(error).__name__}, {error}")
+    return actor.to(device).act
+
+
+def export_policy(actor: torch.nn.Module, obs: Tensor, path: Path) -> None:
+    """Writes act as a program that needs torch alone: torch.export.load(path).module()(obs)."""
+
+    class Act(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.actor = actor
+
+        def forward(self, obs: Tensor) -> Tensor:
+            return self.actor.act(obs)
+
+    buffer = io.BytesIO()
+    batch = {"obs": {0: torch.export.Dim("batch")}}
+    logging.disable(logging.CRITICAL)  # torch.export would tell the terminal how it fails
+    try:
+        with redirect_stderr(io.StringIO()):
+            torch.export.save(torch.export.export(Act(), (obs,), dynamic_shapes=batch), buffer)
+    except Exception as error:
+        reason = str(error).partition(".")[0]
+        notice(f"{path.name} is left out, torch.export can't follow this policy: {reason}")
+        return
+    finally:
+        logging.disable(logging.NOTSET)
+    write_atomically(path, lambda part: part.write_bytes(buffer.getvalue()))
+
+
+# ---- 6. Speed
+
+
+def use_fast_products() -> str:
+    """Lets float32 matrix products run on oneDNN's AVX-512 kernels; returns what computes them.
+
+    PyTorch sends float32 products to MKL, which takes its slower AVX2 kernels on AMD's AVX-512
+    processors; oneDNN gets them only where bf16 is permitted. Permitted is not used: oneDNN
+    computes in float32 all the same. Chips that do round to bf16 exist, so one product is checked.
+    """
+    default = "PyTorch's default"
+    matmul = getattr(torch.backends.mkldnn, "matmul", None)
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return default
+    if not torch.backends.mkldnn.is_available() or not hasattr(matmul, "fp32_precision"):
+        return default
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16"
+    if product_error() < 1e-5:  # float32 has 6e-7, bf16 has 3e-3
+        return "oneDNN, float32"
+    matmul.fp32_precision = before
+    return default
+
+
+def product_error() -> float:
+    """The largest error of a float32 product against float64, relative to the largest entry."""
+    generator = torch.Generator().manual_seed(0)
+    left = torch.randn(256, 256, generator=generator)
+    right = torch.randn(256, 256, generator=generator)
+    exact = left.double() @ right.double()
+    return float(((left @ right).double() - exact).abs().max() / exact.abs().max())
+
+
+PRODUCTS = use_fast_products()
+
+
+def use_threads(threads: int, gflop: float) -> None:
+    """Sets the CPU threads: the user's number (--threads, OMP_NUM_THREADS), else by the work.
+
+    For an update below 1 GFLOP a second thread gains a fifth, and costs more than that beside
+    other work. Above, up to four help.
+    """
+    if threads > 0:
+        torch.set_num_threads(threads)
+    elif "OMP_NUM_THREADS" not in os.environ:
+        cores = os.cpu_count() or 1
+        if hasattr(os, "sched_getaffinity"):
+            cores = len(os.sched_getaffinity(0))  # what this process may use
+        torch.set_num_threads(1 if gflop < 1 else min(4, cores))
 
 
 def record_on_cuda(update: Callable, device: torch.device) -> Callable:
-    """On CUDA, replay `update` as a CUDA graph, one per value of its arguments; `update` may wait for no tensor's value."""
-    graphs, calls = {}, Counter()
+    """On CUDA, `update` is recorded as a CUDA graph and replayed, one per value of its arguments.
 
-    def replay(*variant):
-        calls[variant] += 1
-        if calls[variant] <= 3:  # warm-up
-            return update(*variant)
-        if variant not in graphs:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):  # records, runs nothing
-                graphs[variant] = graph, update(*variant)
-        graphs[variant][0].replay()
-        return graphs[variant][1]
-    return replay if device.type == "cuda" else update
+    `update` may therefore wait for no tensor's value. Where recording fails it runs eagerly.
+    """
+    if device.type != "cuda":
+        return update
+    graphs = {}
+    calls = Counter()
+
+    def replay(**variant):
+        key = tuple(variant.items())
+        calls[key] += 1
+        if calls[key] == 4 and None not in graphs.values():  # the calls before warm up
+            graphs[key] = record_graph(update, variant)
+        if graphs.get(key) is None:
+            return update(**variant)
+        graph, metrics = graphs[key]
+        graph.replay()
+        return metrics
+
+    return replay
 
 
-class Run:
-    """The record of one run in <out>/<algorithm>/<env>/seed<k>/: events, checkpoint.pt, policy.pt, result.json."""
-
-    def __init__(self, args, data: Dataset, variant: str = ""):
-        """Seeds torch, so make it before the networks. `variant` names a mode: -top10 makes bc-top10 beside bc."""
-        for name in ("steps", "batch_size", "eval_every", "eval_episodes", "final_episodes", "policy_delay", "target_every",
-                     "snapshot_every", "num_samples"):
-            value = getattr(args, name, 1)
-            check(value > 0, f"--{name.replace('_', '-')} must be at least 1, not {value}")
-        self.args, self.data, self.curve, self.seconds, self.stop = args, data, [], 0.0, False
-        self.algorithm = Path(sys.modules[type(args).__module__].__file__).stem + variant
-        self.folder = Path(args.out) / self.algorithm / args.env.removesuffix(".hdf5").replace("/", "_") / f"seed{args.seed}"
-        used, returns = int(data.size), data.returns()
-        content = data.packed[:used].cpu().numpy().tobytes() + data.truncated[:used].cpu().numpy().tobytes()
-        self.dataset = dict(name=data.name, fingerprint=hashlib.blake2b(content, digest_size=8).hexdigest(),
-                            transitions=used, episodes=len(returns), return_mean=returns.mean())
-        torch.manual_seed(args.seed)
-
-    def resume(self, **state) -> int:
-        """Hand over all that training changes: modules, optimizers, tensors. Returns the last step taken, 0 when fresh."""
-        self.state, self.checkpoint, step = state, self.folder / "checkpoint.pt", 0
-        self.settings = asdict(self.args) | {"data": self.dataset["fingerprint"]}
-        if self.args.resume:
-            check(self.checkpoint.exists(), f"--resume, but there is no {self.checkpoint}; start without --resume")
-            saved = torch.load(self.checkpoint, map_location=self.data.device, weights_only=True)
-            step, self.curve, self.seconds, rngs = (saved[key] for key in ("step", "curve", "seconds", "rngs"))
-            other = [f"{key} was {value}" for key, value in saved["settings"].items() if self.settings[key] != value
-                     and key not in ("resume", "out", "device", "steps")] + ["more --steps"] * (step > self.args.steps)
-            check(not other, f"--resume with other settings: {', '.join(other)}; use the same or start without --resume")
-            for name, part in state.items():
-                if isinstance(part, torch.Tensor):  # an online run's memory may have more room now than it had
-                    part.data.view(-1)[:saved[name].numel()].copy_(saved[name].view(-1))
-                else:
-                    part.load_state_dict(saved[name])
-            for set_state, rng in zip((torch.set_rng_state, torch.cuda.set_rng_state), rngs):
-                set_state(rng.cpu())
-        elif self.folder.exists():  # an earlier run of this name is kept
-            self.folder.rename(f"{self.folder}.{time.strftime('%Y%m%d-%H%M%S')}")
-        write_atomically(self.folder / "settings.json", lambda part: part.write_text(json.dumps(self.settings, indent=1)))
-        from torch.utils.tensorboard import SummaryWriter  # takes a second to import, so after the checks
-        self.writer = SummaryWriter(self.folder, purge_step=step + 1)
-        print(f"{self.algorithm} on {self.data.name} ({int(self.data.size):,} transitions), writes {self.folder}", flush=True)
-        self.handler = signal.signal(signal.SIGINT, lambda *_: setattr(self, "stop", True))  # seen after the update under way
-        self.bar = tqdm(total=self.args.steps, initial=step, unit=" updates", leave=False,
-                        mininterval=0.2 if sys.stderr.isatty() else 30)
-        self.since = time.time()
-        return step
-
-    def step(self, step: int, metrics: dict[str, torch.Tensor], act: Callable) -> None:
-        """After each update. Logs every 100; every --eval-every evaluates and checkpoints; after Ctrl-C leaves, saved."""
-        if self.bar.n == self.bar.initial:
-            self.bar.unpause()  # its clock starts here: what was fitted before the first update does not count
-        self.bar.update()
-        due = step % self.args.eval_every == 0 or step == self.args.steps
-        if step % 100 and not due and not self.stop:
-            return
-        values = {name: float(value) for name, value in metrics.items()}
-        for name, value in values.items():
-            check(np.isfinite(value), f"{name} is {value} by step {step:,}; the last good state, if any, is {self.checkpoint}")
-            self.writer.add_scalar(f"train/{name}", value, step)
-        self.bar.set_postfix_str(" ".join(f"{name} {value:.3g}" for name, value in values.items()), refresh=False)
-        if due or self.stop:
-            self.seconds += time.time() - self.since
-            if due:
-                returns, score = self._evaluate(act, f"step {step:,}", self.args.eval_episodes, self.args.seed)
-                self.writer.add_scalar("eval/return", np.mean(returns), step)
-                self.curve.append(dict(step=step, returns=returns, score=score, metrics=values))
-            saved = {name: part if isinstance(part, torch.Tensor) else part.state_dict() for name, part in self.state.items()}
-            rngs = [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if self.data.device.type == "cuda" else [])]
-            saved |= dict(step=step, curve=self.curve, seconds=self.seconds, rngs=rngs, settings=self.settings)
-            write_atomically(self.checkpoint, lambda part: torch.save(saved, part))
-            check(not self.stop, f"stopped after step {step:,}; the same command with --resume goes on from there")
-            self.since = time.time()  # evaluations do not count in updates per second
-
-    def _evaluate(self, act: Callable, label: str, episodes: int, seed: int) -> tuple[list[float], float | None]:
-        record = getattr(act, "record", None)  # a policy with a memory has one, to see rewards
-        returns = evaluate(act, self.data.env_id, episodes, 10**6 * seed, self.data.device, record)
-        score = self.data.score(returns)
-        shown = "none" if score is None else f"{score:.1f}"
-        self.bar.write(f"{label:<15} return {returns.mean():8.1f} ± {returns.std():6.1f}   score {shown:>6}")
-        return returns.tolist(), score
-
-    def finish(self, actor: torch.nn.Module) -> None:
-        """Evaluates the final policy over --final-episodes; writes policy.pt and result.json."""
-        self.bar.close()
-        self.writer.close()
-        signal.signal(signal.SIGINT, self.handler)
-        data, args = self.data, self.args
-        returns, score = self._evaluate(actor.act, "final", args.final_episodes, args.seed + 1000)
-        chip = torch.cuda.get_device_name() if data.device.type == "cuda" else os.uname().machine
-        result = dict(algorithm=self.algorithm, env=args.env, seed=args.seed, steps=args.steps, args=asdict(args),
-                      dataset=self.dataset, env_id=data.env_id, hardware=f"{chip}, {torch.get_num_threads()} threads",
-                      versions=dict(torch=torch.__version__, numpy=np.__version__, gymnasium=gym.__version__), curve=self.curve,
-                      seconds=self.seconds, updates_per_second=args.steps / self.seconds, final_returns=returns, score=score)
-        policy = dict(algorithm=self.algorithm, env_id=data.env_id, obs_dim=data.obs_dim,
-                      action_dim=data.num_actions or data.action_dim)
-        write_atomically(self.folder / "policy.pt", lambda part: torch.save(policy | dict(actor=actor.state_dict()), part))
-        write_atomically(self.folder / "result.json", lambda part: part.write_text(json.dumps(result, indent=1)))
+def record_graph(update: Callable, variant: dict):
+    """(graph, the metrics that it writes), or None where recording fails. Nothing runs yet."""
+    stream = torch.cuda.current_stream()
+    generator = torch.cuda.default_generators[torch.cuda.current_device()]
+    random_state = generator.clone_state()
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            metrics = update(**variant)
+    except RuntimeError as error:
+        # PyTorch leaves both as if the recording were under way; the next random draw would fail
+        torch.cuda.set_stream(stream)
+        generator.graphsafe_set_state(random_state)
+        reason = str(error).partition("\n")[0]
+        notice(f"the update can't be recorded as a CUDA graph and runs eagerly: {reason}")
+        return None
+    return graph, metrics

@@ -1,14 +1,20 @@
-"""Advantage-Weighted Actor-Critic, its offline stage.
+"""Advantage-weighted actor-critic (AWAC), its offline stage.
 
-Nair, Gupta, Dalal & Levine, "AWAC: Accelerating Online Reinforcement Learning with Offline Datasets", 2020, arXiv 2006.09359.
-Notes: Policy Constraints (软约束); beyond the notes' own list. It solves their "max E[Q] s.t. D(π, π_β) ≤ ε" for D = KL in
-closed form, π ∝ π_β · exp(Â/β), and fits its policy to that by weighted cloning: π_β itself is never estimated.
+Nair, Gupta, Dalal & Levine, "AWAC: Accelerating Online Reinforcement Learning with Offline
+Datasets", 2020, arXiv 2006.09359.
+Notes: Policy Constraints (软约束). Beyond the notes: AWAC solves their max E[Q] s.t. D(π, π_β) ≤ ε
+for D = KL in closed form, π ∝ π_β · exp(Â/β), and needs no estimate of π_β.
 
-One of four files, iql.py, awac.py, crr.py and awr.py, that all clone the data's actions by weight: read them side by side
-for how each estimates the advantage of an action, and how it turns that into a weight. AWAC learns Q of its own policy, whose
-samples are asked for in the backup and, once per observation, stand for V(s). The weight is a softmax over the batch: the
-actions of a batch compete with each other, so only differences of advantages count. The paper then goes on online; here is
-what it does before.
+AWAC learns Q of its own policy, as SAC does, and fits the policy by weighted cloning. One action ã
+of the policy stands for V(s). The weight is a softmax over the batch: its actions compete with each
+other, so only differences of advantages count.
+
+One of four siblings that clone the data's actions a, each with a weight w (ã are actions of π):
+        advantage Â               unit of Â            weight w            cap  critic
+  iql   Q̄(s, a) − V(s)            return range / 1000  exp(β Â)            100  V, then Q from V
+  awac  Q(s, a) − Q(s, ã)         reward               softmax over batch  B    Q of π
+  crr   Q(s, a) − mean Q(s, ã_j)  reward               exp(Â/β) or 1[Â>0]  20   Q of π, with norms
+  awr   R − V(s)                  its std over data    exp(Â/β)            20   V of the data
 
   (E1) ã = clip( μ(s) + σ·ε, −1, 1 ),  ε ~ N(0, 1)
   (E2) y = r + γ (1 − d) min_k Q̄_k(s′, ã′),  ã′ ~ π(·|s′)
@@ -18,25 +24,23 @@ what it does before.
   (E6) L_Q = Σ_k E_D[ (Q_k(s, a) − y)² ]
   (E7) Q̄ ← Q̄ + rate · (Q − Q̄)
 
-Shapes: B batch, S observation, A action, K = 2 critics. d is terminated: a truncated episode bootstraps.
-Observations are raw, actions lie in [-1, 1]; the actor converts them to the environment's units.
+Shapes: B batch, S observation, A action, K = 2 critics. d is terminated: a truncated episode
+bootstraps. Observations are raw, actions lie in [-1, 1]; the actor converts them.
 
 Differences from the official code (rail-berkeley/rlkit, awac_trainer.py):
-  D1 PyTorch's default initialisation; target critics start as copies, not as other random networks.
-  D2 (E1) clips, as other reproductions do: a Gaussian around a bounded mean may leave the box.
-  D3 The offline stage goes on for 1M updates, as other offline methods; the official script has 50,000, then acts online.
-  D4 Batches of 128, as its offline stage draws them; the 1024 of other offline versions are its online stage's. (E4) with 1024
-     gave 16.3 on hopper-medium-replay after 36,000 updates, where a clone has 18.
-Another algorithm has the same name: CORL's weight is min(exp(Â/β), 100), with β = ⅓, and its scores are far from rlkit's.
+  D1 PyTorch's default initialisation; target critics start as copies, not as other networks.
+  D2 (E1) clips, as other reproductions do: a Gaussian around a bounded mean may leave the range.
+  D3 1M offline updates, as other offline methods have; officially 50,000, then it acts online.
+  D4 Batches of 128, as in its offline stage; those of 1024 are its online stage's.
+β = 2 is the official MuJoCo script's, which has no hopper. The trainer's default, jaxrl and d3rlpy
+have 1, the official hand script 0.5. CORL's "AWAC" is another algorithm: min(exp(Â/β), 100), β = ⅓.
+
+Watch: effective_share stays above 0.1. Near 1/B one action gets all the weight, the policy leaves
+the data, and q_data rises beyond every discounted return of the data: raise --beta.
 
 Run:     python algorithms/awac.py --env hopper-medium
-Expect:  hopper-medium 3.8 (the data 44, BC 47 and 54), hopper-medium-replay 23.7 (the data 15, BC 18), after 100,000 updates,
-         seed 0, in a quarter of an hour on a core. The former is 33 after 10,000 updates, falls while Q climbs to 770, thrice
-         too high, and stays low although Q comes back: in the end its mean is 256, the data's discounted returns' 263. There
-         advantages from −14 to 10 leave all of (E4)'s weight to 5% of a batch, or 0.3% of 20,000 transitions, and the policy's
-         squared distance from the data's actions is half as large again as a clone's (0.045, 0.031): more than hopper forgives.
-         pendulum-medium-replay (the data −1148): −386 and −237 after 8,000 updates with its end-to-end test's settings,
-         larger rates; before 4,000 often worse than the data.
+Expect:  a little above a clone on hopper-medium-replay; on hopper-medium it can fall far below one.
+         Scores and curves: results/README.md.
 """
 import copy
 import math
@@ -45,29 +49,32 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # lets this file find common.py
+from common import Batch, Dataset, Run, check_range, fail, load_dataset, record_on_cuda
+
 import torch
 import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # lets this file find common.py
-from common import Batch, Dataset, Run, load_dataset, record_on_cuda
-
 
 @dataclass
 class Args:
     # run
-    env: str = "hopper-medium"  # suite dataset, Minari id or path of a D4RL .hdf5 file
+    env: str = "hopper-medium"  # suite dataset, Minari id, or path of a .hdf5 or .npz file
     seed: int = 0  # of networks, batches and evaluation episodes
     steps: int = 1_000_000  # gradient updates [D3]
-    batch_size: int = 128  # transitions per update, whose actions (E4) compares [C awac_trainer.py] [D4]
     device: str = "auto"  # auto, cpu or cuda
+    threads: int = 0  # of the CPU; 0: one for light updates, up to four for heavy ones
     eval_every: int = 5_000  # updates between evaluations, and between checkpoints [=]
     eval_episodes: int = 10  # per evaluation [=]
     final_episodes: int = 100  # behind the final score [=]
+    eval_env: str = "auto"  # auto: as recorded; none: no evaluation; or a Gymnasium id
+    holdout: float = 0.0  # share of episodes kept from training, for fqe.py
     out: str = "runs"  # folder for results
-    resume: bool = False  # go on from the last checkpoint
+    resume: bool = False  # continue from the last checkpoint
     # optimisation
+    batch_size: int = 128  # transitions per update, compared in (E4) [C awac_trainer.py] [D4]
     actor_lr: float = 3e-4  # Adam [C awac1.py]
     critic_lr: float = 3e-4  # Adam [C awac1.py]
     weight_decay: float = 1e-4  # L2, of the actor only [C awac1.py]
@@ -84,17 +91,19 @@ LOG_STD_MIN, LOG_STD_MAX = -6.0, 0.0  # [C awac1.py]
 
 def mlp(*widths: int) -> nn.Sequential:
     """Linear layers of these widths with ReLU between them."""
-    layers = [layer for i, o in zip(widths, widths[1:]) for layer in (nn.Linear(i, o), nn.ReLU())]
+    layers = []
+    for inputs, outputs in zip(widths, widths[1:]):
+        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 
 
 class Actor(nn.Module):
-    """Gaussian π(a|s) around tanh of a network. Its buffers hold the units, so a saved policy eats raw observations."""
+    """Gaussian π(a|s) around tanh of a network. Its buffers hold the action's units."""
 
     def __init__(self, obs_dim: int, action_dim: int):
         super().__init__()
         self.net = mlp(obs_dim, *ACTOR_HIDDEN, action_dim)
-        self.std_logit = nn.Parameter(torch.zeros(action_dim))  # the same in all states; at first σ = e⁻³
+        self.std_logit = nn.Parameter(torch.zeros(action_dim))  # for all states; at first σ = e⁻³
         self.register_buffer("action_mid", torch.zeros(action_dim))
         self.register_buffer("action_half", torch.ones(action_dim))
 
@@ -106,19 +115,23 @@ class Actor(nn.Module):
 
     @torch.no_grad()
     def act(self, obs: Tensor) -> Tensor:
-        """Raw observations (B, S) to the environment's actions (B, A), without noise: the mean."""
-        return self.action_mid + self.action_half * self(obs)[0]
+        """Raw observations (B, S) to the environment's own actions (B, A): the mean."""
+        mean, _ = self(obs)
+        return self.action_mid + self.action_half * mean
 
 
 def gaussian_log_prob(mean: Tensor, log_std: Tensor, action: Tensor) -> Tensor:
-    """log N(a; μ, σ²), (B, A) -> (B,). No tanh follows the sample, so no Jacobian: it is finite at |a| = 1, too."""
+    """log N(a; μ, σ²), (B, A) -> (B,).
+
+    The sample is not squashed by tanh, so there is no Jacobian, and |a| = 1 has a finite density.
+    """
     z = (action - mean) / log_std.exp()
     return (-0.5 * z**2 - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
 
 
 def sample_clipped(mean: Tensor, log_std: Tensor) -> Tensor:
-    """(E1): actions (..., A) of the policy. Outside of the box no Q has been taught, hence the clip."""
-    # (E1)
+    """(E1): actions (..., A) of the policy."""
+    # (E1) the clip keeps samples in the range of the data's actions, where Q is trained
     return (mean + log_std.exp() * torch.randn_like(mean)).clamp(-1, 1)
 
 
@@ -141,10 +154,13 @@ class Critic(nn.Module):
     def __init__(self, obs_dim: int, action_dim: int, num: int = 2):
         super().__init__()
         widths = (obs_dim + action_dim, *HIDDEN, 1)
-        self.layers = nn.ModuleList(EnsembleLinear(num, i, o) for i, o in zip(widths, widths[1:]))
+        self.layers = nn.ModuleList()
+        for inputs, outputs in zip(widths, widths[1:]):
+            self.layers.append(EnsembleLinear(num, inputs, outputs))
 
     def forward(self, obs: Tensor, action: Tensor) -> Tensor:
-        x = torch.cat([obs, action], dim=-1).expand(len(self.layers[0].weight), -1, -1)  # (K, B, S + A)
+        num = len(self.layers[0].weight)
+        x = torch.cat([obs, action], dim=-1).expand(num, -1, -1)  # (K, B, S + A)
         for layer in self.layers[:-1]:
             x = F.relu(layer(x))
         return self.layers[-1](x).squeeze(-1)
@@ -153,7 +169,7 @@ class Critic(nn.Module):
 @torch.no_grad()
 def td_target(actor: Actor, critic_target: Critic, batch: Batch, gamma: float) -> Tensor:
     """(E2): the regression target y, (B,)."""
-    # (E2) an action of the policy's own; only a termination stops the bootstrap
+    # (E2) at an action of the policy; only a termination stops the bootstrap
     next_action = sample_clipped(*actor(batch.next_obs))
     next_q = critic_target(batch.next_obs, next_action).min(dim=0).values
     return batch.reward + gamma * (1 - batch.terminated) * next_q
@@ -162,24 +178,25 @@ def td_target(actor: Actor, critic_target: Critic, batch: Batch, gamma: float) -
 @torch.no_grad()
 def advantage(actor: Actor, critic: Critic, batch: Batch) -> Tensor:
     """(E3): how much better the data's action is than one of the policy's, (B,)."""
-    # (E3) the online critics; the minimum is of each action on its own
-    v = critic(batch.obs, sample_clipped(*actor(batch.obs))).min(dim=0).values
-    return critic(batch.obs, batch.action).min(dim=0).values - v
+    # (E3) from the online critics; each action has its own minimum
+    q_data = critic(batch.obs, batch.action).min(dim=0).values
+    q_policy = critic(batch.obs, sample_clipped(*actor(batch.obs))).min(dim=0).values
+    return q_data - q_policy
 
 
-def weights(advantage: Tensor, beta: float) -> Tensor:
-    """(E4): advantages (B,) to the weights (B,) of their actions; their mean is 1, whatever the scale of Q."""
-    # (E4)
-    return len(advantage) * torch.softmax(advantage / beta, dim=0)
+def weights(adv: Tensor, beta: float) -> Tensor:
+    """(E4): advantages (B,) to the weights (B,) of their actions."""
+    # (E4) their mean is 1, whatever the scale of Q
+    return len(adv) * torch.softmax(adv / beta, dim=0)
 
 
 def effective_share(weight: Tensor) -> Tensor:
-    """(Σw)² / (B Σw²): 1 where all actions count alike, as in cloning; 1/B where a single one does."""
+    """(Σw)² / (B Σw²): 1 where all actions count alike, as in cloning; 1/B where one does."""
     return weight.sum() ** 2 / (len(weight) * weight.square().sum()).clamp(min=1e-8)
 
 
 def actor_loss(actor: Actor, batch: Batch, weight: Tensor) -> Tensor:
-    """(E5): cloning, of each action as much as it is worth."""
+    """(E5): cloning of the data's actions, each with its weight."""
     log_prob = gaussian_log_prob(*actor(batch.obs), batch.action)
     assert weight.shape == log_prob.shape, "a weight (B, 1) would broadcast to (B, B), and train"
     # (E5)
@@ -195,7 +212,7 @@ def critic_loss(critic: Critic, batch: Batch, y: Tensor) -> tuple[Tensor, Tensor
 
 
 def descend(loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
-    """One gradient step on the optimizer's own parameters; for no others is a gradient computed."""
+    """One gradient step on the optimizer's own parameters; no others get a gradient."""
     optimizer.zero_grad()
     loss.backward(inputs=optimizer.param_groups[0]["params"])
     optimizer.step()
@@ -209,10 +226,10 @@ def polyak_update(target: nn.Module, online: nn.Module, rate: float) -> None:
 
 def update(args: Args, data: Dataset, actor: Actor, critic: Critic, critic_target: Critic,
            actor_optimizer, critic_optimizer) -> dict[str, Tensor]:
-    """One step of AWAC: both losses from the networks as they are, then the steps of π and Q, then the targets."""
+    """One step of AWAC: the actor, Q, the target. Neither loss sees the other's step."""
     batch = data.sample(args.batch_size)
 
-    y = td_target(actor, critic_target, batch, args.gamma)  # before the actor's step, as its action is the old policy's
+    y = td_target(actor, critic_target, batch, args.gamma)  # before the actor moves
 
     weight = weights(advantage(actor, critic, batch), args.beta)
     pi_loss = actor_loss(actor, batch, weight)
@@ -228,24 +245,31 @@ def update(args: Args, data: Dataset, actor: Actor, critic: Critic, critic_targe
 
 
 def train(args: Args) -> None:
-    data = load_dataset(args.env, args.device)
-    run = Run(args, data)
+    check_range(args, "batch_size", 1)
+    check_range(args, "actor_lr critic_lr weight_decay", 0)
+    check_range(args, "gamma target_rate", 0, 1)
+    if args.beta <= 0:
+        fail(f"--beta must be above 0, not {args.beta}")
+    data = load_dataset(args.env, args.device, eval_env=args.eval_env, holdout=args.holdout)
+    run = Run(args, data, gflop=0.467)
+
     actor = Actor(data.obs_dim, data.action_dim).to(data.device)
     actor.action_mid, actor.action_half = data.action_mid, data.action_half
     critic = Critic(data.obs_dim, data.action_dim).to(data.device)
-    critic_target = copy.deepcopy(critic)
-
     adam = partial(torch.optim.Adam, fused=True, capturable=data.device.type == "cuda")
-    actor_optimizer = adam(actor.parameters(), lr=args.actor_lr, weight_decay=args.weight_decay)
-    critic_optimizer = adam(critic.parameters(), lr=args.critic_lr)
-    start = run.resume(actor=actor, critic=critic, critic_target=critic_target,
-                       actor_optimizer=actor_optimizer, critic_optimizer=critic_optimizer)
-    one_update = record_on_cuda(partial(update, args, data, actor, critic, critic_target,
-                                        actor_optimizer, critic_optimizer), data.device)
+    learned = {
+        "actor": actor,
+        "critic": critic,
+        "critic_target": copy.deepcopy(critic),
+        "actor_optimizer": adam(actor.parameters(), lr=args.actor_lr,
+                                weight_decay=args.weight_decay),
+        "critic_optimizer": adam(critic.parameters(), lr=args.critic_lr),
+    }
+    start = run.begin(learned, actor)
+    one_update = record_on_cuda(partial(update, args, data, **learned), data.device)
     for step in range(start + 1, args.steps + 1):
-        metrics = one_update()
-        run.step(step, metrics, actor.act)
-    run.finish(actor)
+        run.step(step, one_update())
+    run.finish()
 
 
 if __name__ == "__main__":

@@ -1,35 +1,50 @@
-"""COMBO: CQL on real and imagined steps, which pushes Q down where the model leads and up where the data are.
+"""COMBO: CQL in a learned model: Q goes down on imagined steps and up on the data.
 
-Yu, Kumar et al., "COMBO: Conservative Offline Model-Based Policy Optimization", NeurIPS 2021, arXiv 2102.08363.
-Notes: Value Function Regularization › COMBO; Model-Based Offline RL › ENSEMBLE. (75.5 in their table is of walker2d-medium.)
+Yu, Kumar et al., "COMBO: Conservative Offline Model-Based Policy Optimization", NeurIPS 2021,
+arXiv 2102.08363.
+Notes: Value Function Regularization › COMBO. (75.5 in their table is of walker2d-medium.)
 
-MOPO's fine is as good as the model's own idea of its error, which is often poor. COMBO does without: it believes the imagined
-steps, and distrusts Q there, by CQL's term. That term spares what is imagined and real alike, so it is less cautious than CQL,
-which pushes Q down at all actions in states of the data. Side by side: mopo.py fines, morel.py halts, combo.py pushes Q down.
+MOPO relies on the model's estimate of its own error, which is often poor. COMBO takes imagined
+steps as they are, and lowers Q there by CQL's term. It is less conservative than CQL, since what
+is imagined and real alike is spared.
 
-  (E1) log σ²_m = L + softplus( U − softplus(U − l_m) − L ),  μ_m and l_m network m's outputs at (s, a), L and U learned
-  (E2) L_model = Σ_m mean[ (μ_m − y)² / σ²_m + log σ²_m ] + Σ_i c_i ‖W_i‖² / 2 + 0.01 Σ(U − L),  y = [s′ − s, r]
-  (E3) keep m's weights whenever its holdout error (μ_m − y)² has fallen by over 1%; the best 5 of 7 networks are the elites
-  (E4) [ŝ′ − s, r̂] ~ N(μ_e, σ²_e), a ~ π(·|s), e a new elite each step;  (E5) d̂ = 1 where the body falls at ŝ′: the rollout ends
-  (E6) ã = tanh(u), u = μ(s) + σ(s)·ε,  log π(ã|s) = Σ_i [ log N(u_i; μ_i, σ_i) − 2(log 2 − u_i − softplus(−2u_i)) ]
-  (E7) y = r + γ (1 − d) min_k Q̄_k(s′, ã′),  ã′ ~ π(·|s′),  over d_f: a share f of real and 1 − f of imagined steps
-  (E8) soft_max_k(s) = log Σ_j exp( Q_k(s, a_j) − log μ_j(a_j) ),  the a_j: N from U(−1, 1), N from π(·|s), N from π(·|s′)
-  (E9) L_Q = Σ_k ( E_{d_f}[ (Q_k(s, a) − y)² ] + β gap_k ),  gap_k = E_{imagined}[ soft_max_k(s) ] − E_{real}[ Q_k(s, a) ]
-  (E10) L_π = E[ α log π(ã|s) − min_k Q_k(s, ã) ],  (E11) L_α = E[ −log α · (log π(ã|s) + H̄) ],  ã ~ π(·|s), H̄ = −dim(A)
+  siblings  learned              penalty                           acts on
+  mopo.py   7 Gaussian networks  λ · largest standard deviation    reward of an imagined step
+  morel.py  4 networks           −κ/(1−γ) where they disagree      reward and end of a rollout
+  combo.py  as mopo.py           β · (Q imagined − Q of the data)  loss of Q
+
+  (E1) log σ²_m = L + softplus( U − softplus(U − l_m) − L ),  networks give f_m, l_m; L, U learned
+  (E2) L_model = Σ_m mean[ (f_m − y)² / σ²_m + log σ²_m ] + Σ_i c_i ‖W_i‖² / 2 + 0.01 Σ(U − L)
+  (E3) keep network m whenever its holdout error (f_m − y)² fell by over 1%; the best 5 are elites
+  (E4) [ŝ′ − s, r̂] ~ N(f_e, σ²_e)(s, a),  a ~ μ(·|s),  e an elite drawn in each step
+  (E5) d̂ = 1 where the body has fallen at ŝ′: the rollout ends
+  (E6) ã = tanh(u), u ~ N(m(s), σ²(s)),  log π(ã|s) = Σ_i [ log N(u_i; m, σ²) − log(1 − ã_i²) ]
+  (E7) y = r + γ (1 − d) min_k Q̄_k(s′, ã′),  ã′ ~ π(·|s′)
+  (E8) soft_max_k(s) = log Σ_j exp( Q_k(s, a_j) − log p_j(a_j) ),  3N actions a_j of density p_j:
+       N from U(−1, 1), N from π(·|s), N from π(·|s′)
+  (E9) L_Q = Σ_k ( E[ (Q_k(s, a) − y)² ] + β gap_k ),  a share f of the steps is real,
+       gap_k = E_imagined[ soft_max_k(s) ] − E_real[ Q_k(s, a) ]
+  (E10) L_π = E[ α log π(ã|s) − min_k Q_k(s, ã) ],  ã ~ π(·|s)
+  (E11) L_α = E[ −log α · (log π(ã|s) + H̄) ],  H̄ = −dim(A)
   (E12) Q̄ ← Q̄ + rate · (Q − Q̄)
 
-Shapes: B batch, S observation, A action, M = 7 networks of the model, K = 2 critics, N samples per proposal. d is terminated: a
-truncated episode bootstraps. Observations are raw, actions lie in [-1, 1]; the actor converts them to the environment's units.
+The notes' μ can be π or uniform (--rollout-policy). Uniform actions take both terms of (E9) to all
+actions and what follows them, less often along the policy's way.
 
-Differences: no official code exists; where the paper leaves a choice we follow OfflineRL-Kit, but for
-  D1 (E8) is a sum over all 3N actions; there, a reshape without effect leaves the mean of N log-sums over 3.
-  D2 (E9) pushes down in imagined states alone, as the paper's ρ does; there by default in the whole batch's.
-  D3 Q, π, α, targets in this order, as in cql.py; there π and α come first, and the actor's learning rate decays to 0.
-  D4 Falls are Gymnasium's; the model has dynamics_epochs at most. No ½ in (E9) [OfflineRL-Kit]: with it, β would be half.
+Shapes: B batch, S observation, A action, M = 7 networks of the model, K = 2 critics. The model's
+y is [s′ − s, r]. d is terminated: a truncated episode bootstraps.
+
+Differences: there is no official code; gaps are filled from OfflineRL-Kit [C], but
+  D1 (E8) sums over all 3N actions; there a reshape without effect leaves N sums over 3.
+  D2 (E9) lowers Q in imagined states alone, as the paper's ρ does; there in the whole batch's.
+  D3 Q, π, α, targets, as in cql.py; there π and α come first, and the actor's rate decays to 0.
+  D4 Falls are Gymnasium's; dynamics_epochs is a limit. No ½ in (E9) [C].
+
+Watch: q_policy. Where it runs away above q_data, the policy exploits the model: raise --beta.
+Where it falls without end, lower --beta.
 
 Run:     python algorithms/combo.py --env hopper-medium
-Expect:  hopper-medium 26.4, 12 at most before update 7,500, halfcheetah-medium-replay 3.4: 8,000 updates, seed 0, half an hour.
-         pendulum-medium-replay (the data −1148): −147, −148, −173; 2,000 updates in a model of 15 epochs, seeds 0 to 2.
+Expect:  a slow start. Scores: results/README.md.
 """
 import copy
 import math
@@ -37,82 +52,111 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # lets this file find common.py
+from common import (
+    Batch,
+    Dataset,
+    Run,
+    check_range,
+    fail,
+    load_dataset,
+    parse_args,
+    record_on_cuda,
+    write_atomically,
+)
 
 import torch
 import torch.nn.functional as F
-import tyro
 from torch import Tensor, nn
 from tqdm import tqdm
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # lets this file find common.py
-from common import LEVELS, Batch, Dataset, Run, check, load_dataset, record_on_cuda, write_atomically
 
 
 @dataclass
 class Args:
     # run
-    env: str = "hopper-medium"  # suite dataset, Minari id or path of a D4RL .hdf5 file
+    env: str = "hopper-medium"  # suite dataset, Minari id, or path of a .hdf5 or .npz file
     seed: int = 0  # of networks, batches and evaluation episodes
-    steps: int = 1_000_000  # gradient updates [C OfflineRL-Kit]
-    batch_size: int = 256  # transitions per update [C OfflineRL-Kit]
+    steps: int = 1_000_000  # gradient updates [C]
     device: str = "auto"  # auto, cpu or cuda
+    threads: int = 0  # of the CPU; 0: one for light updates, up to four for heavy ones
     eval_every: int = 5_000  # updates between evaluations, and between checkpoints [=]
     eval_episodes: int = 10  # per evaluation [=]
     final_episodes: int = 100  # behind the final score [=]
+    eval_env: str = "auto"  # auto: as recorded; none: no evaluation; or a Gymnasium id
+    holdout: float = 0.0  # share of episodes kept from training, for fqe.py
     out: str = "runs"  # folder for results
-    resume: bool = False  # go on from the last checkpoint
+    resume: bool = False  # continue from the last checkpoint
     # optimisation
-    actor_lr: float = 1e-4  # Adam, for π and α [C OfflineRL-Kit] [D3]
-    critic_lr: float = 3e-4  # Adam [C OfflineRL-Kit]
+    batch_size: int = 256  # transitions per update [C]
+    actor_lr: float = 1e-4  # Adam, for π and α [C] [D3]
+    critic_lr: float = 3e-4  # Adam [C]
     gamma: float = 0.99  # discount γ [=]
     target_rate: float = 0.005  # share of the new weights in (E12) [=]
     # COMBO
-    dynamics_epochs: int = 100  # at most, through the data, for (E2); mostly (E3) stops earlier [D4]
-    rollout_every: int = 1_000  # updates between rollouts [C OfflineRL-Kit]
-    rollout_starts: int = 50_000  # states of the data that a rollout starts from [C OfflineRL-Kit]
-    horizon: int = 5  # steps that a rollout goes; suite datasets have their own in TUNED [C OfflineRL-Kit]
-    retain: int = 5  # rollouts that the pool has room for, the newest [C OfflineRL-Kit]
-    real_share: float = 0.5  # f in (E7), rounded down to rows of a batch [C OfflineRL-Kit]
-    beta: float = 0.5  # β in (E9), larger trusts the model less; suite datasets have their own in TUNED [C OfflineRL-Kit]
-    num_samples: int = 10  # N in (E8), so 3N actions per imagined state [C OfflineRL-Kit]
+    dynamics_epochs: int = 100  # at most; (E3) often stops earlier [D4]
+    rollout_every: int = 1_000  # updates between rollouts [C]
+    rollout_starts: int = 50_000  # states of the data that rollouts start from [C]
+    rollout_policy: Literal["policy", "uniform"] = "policy"  # μ in (E4) [C]
+    horizon: int = 5  # steps of a rollout; see TUNED [C]
+    retain: int = 5  # rollouts that the pool has room for [C]
+    real_share: float = 0.5  # f in (E9), of a batch, rounded down [C]
+    beta: float = 0.5  # β in (E9); see TUNED [C]
+    num_samples: int = 10  # N in (E8) [C]
 
 
-TUNED = {f"{body}-{level}": dict(horizon=horizon, beta=beta) for body, best in {  # for D4RL's v2 data [C OfflineRL-Kit]
-    "halfcheetah": ((5, 0.5), (5, 0.5), (5, 5.0)),  # medium, medium-replay, medium-expert
-    "hopper": ((5, 5.0), (5, 0.5), (5, 5.0)),
-    "walker2d": ((1, 5.0), (1, 0.5), (1, 5.0)),
-}.items() for level, (horizon, beta) in zip(LEVELS[1:], best)}
-HIDDEN = (256, 256, 256)  # widths of actor and critics [C OfflineRL-Kit]
-LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0  # as in cql.py [=]
-NETWORKS, ELITES, DYNAMICS_HIDDEN = 7, 5, (200, 200, 200, 200)  # of the model [C OfflineRL-Kit]
-WEIGHT_DECAY = (2.5e-5, 5e-5, 7.5e-5, 7.5e-5, 1e-4)  # c_i in (E2), of layer i [C OfflineRL-Kit]
-DYNAMICS_LR, DYNAMICS_BATCH = 1e-3, 256  # Adam; rows of each network [C OfflineRL-Kit]
-MAX_HOLDOUT, PATIENCE = 1_000, 5  # rows, or a fifth of the data; epochs that may pass without (E3) [C mopo bnn.py]
-FALLS = {  # (E5) by body: next_obs (B, S) -> whether the episode is over, (B,); exactly the conditions of Gymnasium's v5
-    "Hopper-v5": lambda s: ~((s[:, 0] > 0.7) & (s[:, 1].abs() < 0.2) & (s[:, 1:].abs() < 100).all(dim=1)),
-    "Walker2d-v5": lambda s: ~((s[:, 0] > 0.8) & (s[:, 0] < 2) & (s[:, 1].abs() < 1)),
-    **dict.fromkeys(("HalfCheetah-v5", "Pendulum-v1"), lambda s: torch.zeros_like(s[:, 0], dtype=torch.bool)),
+TUNED = {  # for D4RL's v2 data [C]
+    "halfcheetah-medium": {"horizon": 5, "beta": 0.5},
+    "halfcheetah-medium-replay": {"horizon": 5, "beta": 0.5},
+    "halfcheetah-medium-expert": {"horizon": 5, "beta": 5.0},
+    "hopper-medium": {"horizon": 5, "beta": 5.0},
+    "hopper-medium-replay": {"horizon": 5, "beta": 0.5},
+    "hopper-medium-expert": {"horizon": 5, "beta": 5.0},
+    "walker2d-medium": {"horizon": 1, "beta": 5.0},
+    "walker2d-medium-replay": {"horizon": 1, "beta": 0.5},
+    "walker2d-medium-expert": {"horizon": 1, "beta": 5.0},
 }
+HIDDEN = (256, 256, 256)  # widths of actor and critics [C]
+LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0  # as in cql.py [=]
+NETWORKS, ELITES = 7, 5  # of the model [C]
+DYNAMICS_HIDDEN = 4 * (200,)  # widths of the model [C]
+WEIGHT_DECAY = (2.5e-5, 5e-5, 7.5e-5, 7.5e-5, 1e-4)  # c_i in (E2), of layer i [C]
+DYNAMICS_LR, DYNAMICS_BATCH = 1e-3, 256  # Adam; rows of each network [C]
+MAX_HOLDOUT, PATIENCE = 1_000, 5  # rows; epochs without (E3) [C mopo bnn.py]
 
 
-def parse_args() -> Args:
-    """The command line; what it leaves open is TUNED's for this dataset, said aloud, or else the default of Args."""
-    tuned = TUNED.get(tyro.cli(Args).env, {})
-    args = tyro.cli(Args, default=Args(**tuned))  # a tuned value is but another default: what the user sets stands
-    for name, value in tuned.items():
-        if getattr(args, name) == value:
-            print(f"tuned for {args.env}: --{name.replace('_', '-')} {value}")
-    return args
+def hopper_falls(s: Tensor) -> Tensor:
+    """(B, S) -> whether the episode is over, (B,)."""
+    return ~((s[:, 0] > 0.7) & (s[:, 1].abs() < 0.2) & (s[:, 1:].abs() < 100).all(dim=1))
+
+
+def walker2d_falls(s: Tensor) -> Tensor:
+    return ~((s[:, 0] > 0.8) & (s[:, 0] < 2) & (s[:, 1].abs() < 1))
+
+
+def never_falls(s: Tensor) -> Tensor:
+    return torch.zeros_like(s[:, 0], dtype=torch.bool)
+
+
+FALLS = {  # as in Gymnasium
+    "Hopper-v5": hopper_falls,
+    "Walker2d-v5": walker2d_falls,
+    "HalfCheetah-v5": never_falls,
+    "Pendulum-v1": never_falls,
+}
 
 
 def mlp(*widths: int) -> nn.Sequential:
     """Linear layers of these widths with ReLU between them."""
-    layers = [layer for i, o in zip(widths, widths[1:]) for layer in (nn.Linear(i, o), nn.ReLU())]
+    layers = []
+    for inputs, outputs in zip(widths, widths[1:]):
+        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 
 
 class Actor(nn.Module):
-    """Tanh-Gaussian π(a|s) on [-1, 1]^A. Its buffers hold the units, so a saved policy eats raw observations."""
+    """Tanh-Gaussian π(a|s) on [-1, 1]^A. Its buffers hold the environment's action units."""
 
     def __init__(self, obs_dim: int, action_dim: int):
         super().__init__()
@@ -127,17 +171,18 @@ class Actor(nn.Module):
 
     @torch.no_grad()
     def act(self, obs: Tensor) -> Tensor:
-        """Raw observations (B, S) to the environment's actions (B, A), without noise: tanh of the mean."""
-        return self.action_mid + self.action_half * torch.tanh(self(obs)[0])
+        """Raw observations (B, S) to the environment's actions (B, A): tanh(mean), no noise."""
+        mean, _ = self(obs)
+        return self.action_mid + self.action_half * torch.tanh(mean)
 
 
 def sample_action(mean: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor]:
-    """(E6) actions (..., A) drawn with the reparameterisation trick, and their log-densities (...)."""
-    # (E6)
+    """(E6) actions (..., A), drawn with the reparameterisation trick, and their log π (...)."""
+    # (E6) the second term of log_prob is log(1 − tanh²u), in a form that does not overflow
     noise = torch.randn_like(mean)
     u = mean + log_std.exp() * noise
     log_normal = -0.5 * noise**2 - log_std - 0.5 * math.log(2 * math.pi)
-    log_prob = log_normal - 2 * (math.log(2) - u - F.softplus(-2 * u))  # log(1 − tanh²u) without overflow
+    log_prob = log_normal - 2 * (math.log(2) - u - F.softplus(-2 * u))
     return torch.tanh(u), log_prob.sum(-1)
 
 
@@ -160,146 +205,226 @@ class Critic(nn.Module):
     def __init__(self, obs_dim: int, action_dim: int, num: int = 2):
         super().__init__()
         widths = (obs_dim + action_dim, *HIDDEN, 1)
-        self.layers = nn.ModuleList(EnsembleLinear(num, i, o) for i, o in zip(widths, widths[1:]))
+        self.layers = nn.ModuleList()
+        for inputs, outputs in zip(widths, widths[1:]):
+            self.layers.append(EnsembleLinear(num, inputs, outputs))
 
     def forward(self, obs: Tensor, action: Tensor) -> Tensor:
-        x = torch.cat([obs, action], dim=-1).expand(len(self.layers[0].weight), -1, -1)  # (K, B, S + A)
+        num = len(self.layers[0].weight)
+        x = torch.cat([obs, action], dim=-1).expand(num, -1, -1)  # (K, B, S + A)
         for layer in self.layers[:-1]:
             x = F.relu(layer(x))
         return self.layers[-1](x).squeeze(-1)
 
 
 class Dynamics(nn.Module):
-    """M Gaussians over y = [next_obs − obs | reward], given x = [obs | action], which it standardises itself."""
+    """M Gaussians of y = [next_obs − obs | reward], given x = [obs | action], in raw units."""
 
     def __init__(self, obs_dim: int, action_dim: int):
         super().__init__()
         widths = (obs_dim + action_dim, *DYNAMICS_HIDDEN, 2 * (obs_dim + 1))
-        self.layers = nn.ModuleList(EnsembleLinear(NETWORKS, i, o) for i, o in zip(widths, widths[1:]))
-        for layer in self.layers:  # weights within 2 standard deviations of ½ / √inputs
-            nn.init.trunc_normal_(layer.weight).data.mul_(0.5 / math.sqrt(layer.weight.shape[1])), nn.init.zeros_(layer.bias)
-        self.bounds = nn.Parameter(torch.tensor([[-10.0], [0.5]]).repeat(1, obs_dim + 1))  # L and U, common to all networks
-        self.register_buffer("units", torch.tensor([[0.0], [1.0]]).repeat(1, widths[0]))  # mean and std of x
+        self.layers = nn.ModuleList()
+        for inputs, outputs in zip(widths, widths[1:]):
+            layer = EnsembleLinear(NETWORKS, inputs, outputs)
+            nn.init.trunc_normal_(layer.weight).data.mul_(0.5 / math.sqrt(inputs))
+            nn.init.zeros_(layer.bias)
+            self.layers.append(layer)
+        self.bounds = nn.Parameter(torch.tensor([[-10.0], [0.5]]).repeat(1, obs_dim + 1))  # L, U
+        self.register_buffer("x_mean", torch.zeros(widths[0]))
+        self.register_buffer("x_std", torch.ones(widths[0]))
         self.register_buffer("elites", torch.arange(ELITES))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, S + A), or (M, B, S + A) with rows for each network, to mean and log variance of y, (M, B, S + 1) each."""
-        x = ((x - self.units[0]) / self.units[1]).expand(NETWORKS, -1, -1)
+        """(B, S + A) or (M, B, S + A) to mean and log variance of y, (M, B, S + 1) each."""
+        x = ((x - self.x_mean) / self.x_std).expand(NETWORKS, -1, -1)
         for layer in self.layers[:-1]:
             x = F.silu(layer(x))
-        (mean, log_var), (low, high) = self.layers[-1](x).chunk(2, dim=-1), self.bounds
-        # (E1) soft: also beyond a bound there is a gradient back
-        return mean, low + F.softplus(high - F.softplus(high - log_var) - low)
+        mean, log_var = self.layers[-1](x).chunk(2, dim=-1)
+        # (E1) a clamp would have no gradient beyond a bound
+        low, high = self.bounds
+        log_var = high - F.softplus(high - log_var)
+        return mean, low + F.softplus(log_var - low)
+
+
+class Pool(nn.Module):
+    """The newest imagined transitions. A module, so that checkpoints hold its tensors."""
+
+    def __init__(self, capacity: int, data: Dataset):
+        super().__init__()
+        for name in Batch._fields:  # obs, action, reward, next_obs, terminated
+            column = getattr(data, name)
+            self.register_buffer(name, column.new_zeros(capacity, *column.shape[1:]))
+        self.register_buffer("size", torch.tensor(0, device=data.device))  # rows in use
+
+    def add(self, new: Batch) -> None:
+        """Appends transitions; the oldest leave where there is no room."""
+        size = int(self.size)
+        for name, column in new._asdict().items():
+            stored = getattr(self, name)
+            newest = torch.cat([stored[:size], column])[-len(stored):]
+            stored[:len(newest)] = newest
+        self.size.fill_(len(newest))
+
+    def sample(self, batch_size: int) -> Batch:
+        index = (torch.rand(batch_size, device=self.size.device) * self.size).long()
+        return Batch(*(getattr(self, name).index_select(0, index) for name in Batch._fields))
+
+
+def join(*batches: Batch) -> Batch:
+    """One batch from several, column by column."""
+    return Batch(*(torch.cat(columns) for columns in zip(*batches)))
 
 
 def dynamics_loss(dynamics: Dynamics, x: Tensor, y: Tensor) -> Tensor:
     """(E2): each network on its own rows, (M, B, S + A) and (M, B, S + 1)."""
     mean, log_var = dynamics(x)
-    assert y.shape == mean.shape, "a target (B, S + 1) would broadcast, and every network learn from the same rows"
-    # (E2) a sum over networks, which share nothing but U and L; biases do not decay
-    likelihood = ((mean - y).pow(2) * torch.exp(-log_var) + log_var).mean(dim=(1, 2)).sum()
-    decay = sum(c * layer.weight.pow(2).sum() / 2 for c, layer in zip(WEIGHT_DECAY, dynamics.layers))
-    return likelihood + decay + 0.01 * dynamics.bounds.diff(dim=0).sum()
+    assert y.shape == mean.shape, "a target (B, S + 1) would give all networks the same rows"
+    # (E2) a sum over networks, which share only U and L; biases do not decay
+    loss = ((mean - y).pow(2) * torch.exp(-log_var) + log_var).mean(dim=(1, 2)).sum()
+    for c, layer in zip(WEIGHT_DECAY, dynamics.layers):
+        loss = loss + c * layer.weight.pow(2).sum() / 2
+    return loss + 0.01 * dynamics.bounds.diff(dim=0).sum()
+
+
+def model_rows(data: Dataset) -> tuple[Tensor, Tensor]:
+    """x (N, S + A) and y (N, S + 1) of transitions with a known next state."""
+    env = data.recorded_env or "no known environment"
+    if env not in FALLS:
+        fail(f"{data.name} is of {env}; episode ends are known of {', '.join(FALLS)} only")
+    # in some D4RL files another episode's start follows a termination: that is no fall
+    known = ~data.terminated.bool() | FALLS[env](data.next_obs)
+    if known.sum() < 10:
+        fail(f"{data.name} has fewer than 10 transitions that continue or end in a fall")
+    x = torch.cat([data.obs, data.action], dim=1)
+    y = torch.cat([data.next_obs - data.obs, data.reward[:, None]], dim=1)
+    return x[known], y[known]
 
 
 def fit(dynamics: Dynamics, data: Dataset, args: Args, run: Run) -> None:
-    """(E2) with (E3), each network on its own bootstrap of the data; or what an earlier start left beside its run's folder."""
-    path = run.folder.with_name(f"{run.folder.name}-model-{run.dataset['fingerprint']}-{args.dynamics_epochs}.pt")
+    """(E2), (E3), each network on its own bootstrap; or reads what an earlier start fitted."""
+    key = f"{run.dataset['fingerprint']}-{args.dynamics_epochs}"
+    path = run.folder.with_name(f"{run.folder.name}-model-{key}.pt")
     if path.exists():
         dynamics.load_state_dict(torch.load(path, map_location=data.device, weights_only=True))
         return
-    rng, rows = torch.Generator(data.device).manual_seed(args.seed), data.columns(data.packed)  # torch's own draws stay
-    x, y = torch.cat([rows.obs, rows.action], dim=1), torch.cat([rows.next_obs - rows.obs, rows.reward[:, None]], dim=1)
-    # a D4RL file without next_observations has another episode's start after a termination: the body's rule unmasks it
-    known = (~rows.terminated.bool() | FALLS[data.env_id](rows.next_obs)).nonzero()[:, 0]
-    order = known[torch.randperm(len(known), generator=rng, device=data.device)]
-    holdout, rest = order.tensor_split([min(len(order) // 5, MAX_HOLDOUT)])
+    x, y = model_rows(data)
+    rng = torch.Generator(data.device).manual_seed(args.seed)
+    order = torch.randperm(len(x), generator=rng, device=data.device)
+    holdout, rest = order.tensor_split([min(len(x) // 5, MAX_HOLDOUT)])
     std = x[rest].std(dim=0, correction=0)
-    dynamics.units.copy_(torch.stack([x[rest].mean(dim=0), torch.where(std < 1e-12, 1.0, std)]))
-    own = rest[torch.randint(len(rest), (NETWORKS, len(rest)), generator=rng, device=data.device)]  # (M, N), the bootstraps
+    dynamics.x_std = torch.where(std < 1e-12, 1.0, std)
+    dynamics.x_mean = x[rest].mean(dim=0)
+    draws = torch.randint(len(rest), (NETWORKS, len(rest)), generator=rng, device=data.device)
+    rows = rest[draws]
     optimizer = torch.optim.Adam(dynamics.parameters(), lr=DYNAMICS_LR, fused=True)
-    best, stale, kept = torch.full((NETWORKS,), 1e10, device=data.device), 0, copy.deepcopy(dynamics.layers)
-    for epoch in (bar := tqdm(range(1, args.dynamics_epochs + 1), desc="fitting the model", unit=" epochs")):
-        for batch in own.split(DYNAMICS_BATCH, dim=1):
-            descend(dynamics_loss(dynamics, x[batch], y[batch]), optimizer)
-            check(not run.stop, "stopped before the model was fitted, so nothing is kept; start again without --resume")
-        own = own.gather(1, torch.rand(own.shape, generator=rng, device=data.device).argsort(dim=1))  # shuffled, not redrawn
-        error = (dynamics(x[holdout])[0].detach() - y[holdout]).pow(2).mean(dim=(1, 2))  # (M,), variances aside
-        check(error.isfinite().all(), f"the model's holdout error is {error.tolist()} by epoch {epoch}")
-        # (E3)
-        better = (best - error) / best > 0.01
-        best, stale = torch.where(better, error, best), 0 if better.any() else stale + 1
+    best = torch.full((NETWORKS,), 1e10, device=data.device)
+    kept = copy.deepcopy(dynamics.layers)
+    stale = 0
+    bar = tqdm(range(args.dynamics_epochs), desc="fitting the model", unit=" epochs")
+    for _ in bar:
+        for index in rows.split(DYNAMICS_BATCH, dim=1):
+            descend(dynamics_loss(dynamics, x[index], y[index]), optimizer)
+            if run.stop:
+                fail("stopped before the model was fitted; start again without --resume")
+        shuffle = torch.rand(rows.shape, generator=rng, device=data.device).argsort(dim=1)
+        rows = rows.gather(1, shuffle)
+        error = (dynamics(x[holdout])[0].detach() - y[holdout]).pow(2).mean(dim=(1, 2))
+        if not error.isfinite().all():
+            fail(f"the model's holdout error is {error.tolist()}")
+        # (E3) each network by itself
+        improved = (best - error) / best > 0.01
+        best = torch.where(improved, error, best)
         for old, new in zip(kept.parameters(), dynamics.layers.parameters()):
-            old.data[better] = new.data[better]
-        bar.set_postfix_str(f"holdout error {best.mean():.3g}", refresh=False)
+            old.data[improved] = new.data[improved]
+        stale = 0 if improved.any() else stale + 1
         if stale > PATIENCE:
             break
-    dynamics.layers = kept  # L and U remain what they are in the end
+    dynamics.layers = kept  # U and L stay as they are
     dynamics.elites.copy_(best.argsort()[:ELITES])
     write_atomically(path, lambda part: torch.save(dynamics.state_dict(), part))
-    run.since += bar.format_dict["elapsed"]  # updates per second are of updates
+    run.since += bar.format_dict["elapsed"]  # is no part of updates per second
 
 
 @torch.no_grad()
-def imagine(args: Args, data: Dataset, dynamics: Dynamics, actor: Actor) -> Tensor:
-    """(E4), (E5): rollouts in the model from states of the data; rows as Dataset packs them, (n, 2S + A + 2)."""
-    obs, rows = data.sample(args.rollout_starts).obs, []
+def imagine(args: Args, data: Dataset, dynamics: Dynamics, actor: Actor) -> Batch:
+    """(E4), (E5): rollouts in the model from states of the data."""
+    obs = data.sample(args.rollout_starts).obs
+    steps = []
     for _ in range(args.horizon):
         action, _ = sample_action(*actor(obs))
-        mean, log_var = dynamics(torch.cat([obs, action], dim=1))
-        # (E4)
+        if args.rollout_policy == "uniform":
+            action = 2 * torch.rand_like(action) - 1
+        mean, log_var = dynamics(torch.cat([obs, action], dim=1))  # (M, B, S + 1)
+        # (E4) an elite for every row
         elite = dynamics.elites[torch.randint(ELITES, (len(obs),), device=obs.device)]
-        y = (mean + (0.5 * log_var).exp() * torch.randn_like(mean[0]))[elite, torch.arange(len(obs), device=obs.device)]
+        row = torch.arange(len(obs), device=obs.device)
+        std = (0.5 * log_var[elite, row]).exp()
+        y = mean[elite, row] + std * torch.randn_like(std)
         next_obs = obs + y[:, :-1]
-        # (E5) without it, fallen robots would go on earning
-        terminated = FALLS[data.env_id](next_obs)
-        rows.append(torch.cat([obs, action, next_obs, y[:, -1:], terminated[:, None]], dim=1))
+        # (E5)
+        terminated = FALLS[data.recorded_env](next_obs)
+        steps.append(Batch(obs, action, y[:, -1], next_obs, terminated.to(obs.dtype)))
         obs = next_obs[~terminated]
-    return torch.cat(rows)
+    return join(*steps)
 
 
 @torch.no_grad()
-def td_target(critic_target: Critic, next_policy: tuple[Tensor, Tensor], batch: Batch, gamma: float) -> Tensor:
-    """(E7): the regression target y, (B,). `next_policy` is π(·|s′): mean and log std, (B, A) each."""
-    # (E7) without the entropy term, as in cql.py
+def td_target(critic_target: Critic, next_policy: tuple[Tensor, Tensor], batch: Batch,
+              gamma: float) -> Tensor:
+    """(E7): y, (B,). `next_policy` is π(·|s′): mean and log std."""
+    # (E7) without an entropy term, as in cql.py
     next_action, _ = sample_action(*next_policy)
     next_q = critic_target(batch.next_obs, next_action).min(dim=0).values
     return batch.reward + gamma * (1 - batch.terminated) * next_q
 
 
 def soft_max_q(actor: Actor, critic: Critic, obs: Tensor, next_obs: Tensor, num: int) -> Tensor:
-    """(E8): (B, S), (B, S) -> (K, B). All actions are valued at `obs`, wherever they were proposed."""
+    """(E8): (B, S), (B, S) -> (K, B). All actions are valued at `obs`."""
     with torch.no_grad():
-        several = [x.unsqueeze(1).expand(-1, num, -1) for x in (*actor(obs), *actor(next_obs))]  # (B, N, A) each
-        uniform = 2 * torch.rand(several[0].shape, device=obs.device) - 1
-        proposals = [(uniform, torch.full_like(uniform[..., 0], -uniform.shape[2] * math.log(2))),  # density ½ per axis
-                     sample_action(*several[:2]), sample_action(*several[2:])]
-        action, log_density = (torch.cat(parts, dim=1) for parts in zip(*proposals))  # (B, 3N, A), (B, 3N)
-    q = critic(obs.repeat_interleave(3 * num, dim=0), action.flatten(0, 1)).view(-1, *log_density.shape)  # (K, B, 3N)
+        policy = [x.unsqueeze(1).expand(-1, num, -1) for x in actor(obs)]
+        next_policy = [x.unsqueeze(1).expand(-1, num, -1) for x in actor(next_obs)]
+        uniform = 2 * torch.rand(policy[0].shape, device=obs.device) - 1
+        current, log_current = sample_action(*policy)
+        following, log_following = sample_action(*next_policy)
+        log_uniform = torch.full_like(log_current, -uniform.shape[-1] * math.log(2))
+        action = torch.cat([uniform, current, following], dim=1)  # (B, 3N, A)
+        log_density = torch.cat([log_uniform, log_current, log_following], dim=1)
+    q = critic(obs.repeat_interleave(3 * num, dim=0), action.flatten(0, 1))
     # (E8)
-    return torch.logsumexp(q - log_density, dim=-1)
+    return torch.logsumexp(q.view(-1, *log_density.shape) - log_density, dim=-1)
 
 
-def critic_loss(critic: Critic, batch: Batch, num_real: int, y: Tensor, soft_max: Tensor, beta: float) -> tuple[Tensor, ...]:
-    """(E9); also the gap and the mean Q of real actions. Rows from `num_real` on are imagined; `soft_max` is theirs, (K, ·)."""
+def critic_loss(critic: Critic, batch: Batch, num_real: int, y: Tensor, soft_max: Tensor,
+                beta: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(E9), gap, and mean Q of the real rows, the first. `soft_max` is of the others, (K, ·)."""
     q = critic(batch.obs, batch.action)  # (K, B)
-    assert y.shape == q.shape[1:] and soft_max.ndim == 2 and len(soft_max) == len(q), "broadcasting would train, wrongly"
-    # (E9) pushing up imagined actions as well would undo the push down
+    assert y.shape == q.shape[1:], "a target (B, 1) would broadcast to (K, B, B), and train"
+    assert soft_max.ndim == 2 and len(soft_max) == len(q), "one per critic and state"
+    # (E9) to raise Q at imagined actions too would undo the lowering
     q_data = q[:, :num_real].mean(dim=1)
     gap = soft_max.mean(dim=1) - q_data  # (K,)
-    return ((q - y).pow(2).mean(dim=1) + beta * gap).sum(), gap.detach().mean(), q_data.detach().mean()
+    loss = ((q - y).pow(2).mean(dim=1) + beta * gap).sum()
+    return loss, gap.detach().mean(), q_data.detach().mean()
 
 
-def actor_loss(actor: Actor, critic: Critic, entropy_coef: Tensor, obs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def actor_loss(actor: Actor, critic: Critic, entropy_coef: Tensor,
+               obs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(E10); also log π (B,), which (E11) needs, and the mean Q of the policy's actions."""
     action, log_prob = sample_action(*actor(obs))
     q = critic(obs, action)  # (K, B)
     # (E10)
-    return (entropy_coef * log_prob - q.min(dim=0).values).mean(), log_prob.detach(), q.detach().mean()
+    loss = (entropy_coef * log_prob - q.min(dim=0).values).mean()
+    return loss, log_prob.detach(), q.detach().mean()
+
+
+def entropy_coef_loss(log_entropy_coef: Tensor, log_prob: Tensor, target_entropy: float) -> Tensor:
+    """(E11): the loss of the entropy coefficient α."""
+    # (E11) α grows while the policy's entropy, E[−log π], is below its target
+    return -(log_entropy_coef * (log_prob + target_entropy)).mean()
 
 
 def descend(loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
-    """One gradient step on the optimizer's own parameters; for no others is a gradient computed."""
+    """One gradient step on the optimizer's own parameters; no others get a gradient."""
     optimizer.zero_grad()
     loss.backward(inputs=optimizer.param_groups[0]["params"])
     optimizer.step()
@@ -311,23 +436,26 @@ def polyak_update(target: nn.Module, online: nn.Module, rate: float) -> None:
     torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), rate)
 
 
-def update(args: Args, data: Dataset, pool: Dataset, actor: Actor, critic: Critic, critic_target: Critic,
-           log_entropy_coef: Tensor, actor_optimizer, critic_optimizer, entropy_optimizer) -> dict[str, Tensor]:
+def update(args: Args, data: Dataset, pool: Pool, actor: Actor, critic: Critic,
+           critic_target: Critic, log_entropy_coef: Tensor, actor_optimizer, critic_optimizer,
+           entropy_optimizer) -> dict[str, Tensor]:
     """One step of COMBO: Q, π, α, targets."""
     num_real = int(args.real_share * args.batch_size)
-    batch = Batch(*map(torch.cat, zip(data.sample(num_real), pool.sample(args.batch_size - num_real))))
+    real = data.sample(num_real)
+    imagined = pool.sample(args.batch_size - num_real)
+    batch = join(real, imagined)
     entropy_coef = log_entropy_coef.detach().exp()
 
     y = td_target(critic_target, actor(batch.next_obs), batch, args.gamma)
-    soft_max = soft_max_q(actor, critic, batch.obs[num_real:], batch.next_obs[num_real:], args.num_samples)
+    soft_max = soft_max_q(actor, critic, imagined.obs, imagined.next_obs, args.num_samples)
     q_loss, gap, q_data = critic_loss(critic, batch, num_real, y, soft_max, args.beta)
     descend(q_loss, critic_optimizer)
 
     pi_loss, log_prob, q_policy = actor_loss(actor, critic, entropy_coef, batch.obs)
     descend(pi_loss, actor_optimizer)
 
-    # (E11) α grows while the policy's entropy is below its target, −dim(A)
-    descend(-(log_entropy_coef * (log_prob - data.action_dim)).mean(), entropy_optimizer)
+    alpha_loss = entropy_coef_loss(log_entropy_coef, log_prob, -data.action_dim)
+    descend(alpha_loss, entropy_optimizer)
 
     # (E12)
     polyak_update(critic_target, critic, args.target_rate)
@@ -336,35 +464,42 @@ def update(args: Args, data: Dataset, pool: Dataset, actor: Actor, critic: Criti
 
 
 def train(args: Args) -> None:
-    for name in ("dynamics_epochs", "rollout_every", "rollout_starts", "horizon", "retain"):
-        check(getattr(args, name) > 0, f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
-    check(args.num_samples > 0 and args.beta >= 0, "--num-samples must be at least 1, and --beta at least 0")
-    check(0 < int(args.real_share * args.batch_size) < args.batch_size, "--real-share must leave rows of both kinds")
-    data = load_dataset(args.env, args.device)
-    check(data.env_id in FALLS, f"{data.name} is of {data.env_id}; how episodes end is known of {', '.join(FALLS)} only")
-    run = Run(args, data)
+    check_range(args, "batch_size dynamics_epochs rollout_every rollout_starts horizon retain", 1)
+    check_range(args, "num_samples", 1)
+    check_range(args, "actor_lr critic_lr beta", 0)
+    check_range(args, "gamma target_rate", 0, 1)
+    if not 0 < int(args.real_share * args.batch_size) < args.batch_size:
+        fail("--real-share must leave rows of both kinds")
+    data = load_dataset(args.env, args.device, eval_env=args.eval_env, holdout=args.holdout)
+    model_rows(data)  # may refuse them
+    run = Run(args, data, "-uniform" if args.rollout_policy == "uniform" else "", gflop=7.85)
+
     actor = Actor(data.obs_dim, data.action_dim).to(data.device)
     actor.action_mid, actor.action_half = data.action_mid, data.action_half
     critic = Critic(data.obs_dim, data.action_dim).to(data.device)
     log_entropy_coef = torch.zeros((), device=data.device, requires_grad=True)
     dynamics = Dynamics(data.obs_dim, data.action_dim).to(data.device)
-    pool = Dataset("imagined", data.env_id, args.retain * args.horizon * args.rollout_starts, data.device.type, data.refs)
+    pool = Pool(args.retain * args.horizon * args.rollout_starts, data)
     adam = partial(torch.optim.Adam, fused=True, capturable=data.device.type == "cuda")
-    state = dict(actor=actor, critic=critic, critic_target=copy.deepcopy(critic), log_entropy_coef=log_entropy_coef,
-                 actor_optimizer=adam(actor.parameters(), lr=args.actor_lr),
-                 critic_optimizer=adam(critic.parameters(), lr=args.critic_lr),
-                 entropy_optimizer=adam([log_entropy_coef], lr=args.actor_lr))
-    start = run.resume(**state, pool=pool.packed, pool_size=pool.size)
+    learned = {
+        "pool": pool,
+        "actor": actor,
+        "critic": critic,
+        "critic_target": copy.deepcopy(critic),
+        "log_entropy_coef": log_entropy_coef,
+        "actor_optimizer": adam(actor.parameters(), lr=args.actor_lr),
+        "critic_optimizer": adam(critic.parameters(), lr=args.critic_lr),
+        "entropy_optimizer": adam([log_entropy_coef], lr=args.actor_lr),
+    }
+    start = run.begin(learned, actor)
     fit(dynamics, data, args, run)
-    one_update = record_on_cuda(partial(update, args, data, pool, **state), data.device)
+    one_update = record_on_cuda(partial(update, args, data, **learned), data.device)
     for step in range(start + 1, args.steps + 1):
         if (step - 1) % args.rollout_every == 0:
-            rows = torch.cat([pool.packed[:pool.size], imagine(args, data, dynamics, actor)])[-len(pool.packed):]  # the newest
-            pool.packed[:len(rows)] = rows
-            pool.size.fill_(len(rows))
-        run.step(step, one_update(), actor.act)
-    run.finish(actor)
+            pool.add(imagine(args, data, dynamics, actor))
+        run.step(step, one_update())
+    run.finish()
 
 
 if __name__ == "__main__":
-    train(parse_args())
+    train(parse_args(Args, TUNED))

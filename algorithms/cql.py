@@ -1,41 +1,54 @@
-"""Conservative Q-Learning, CQL(H), with a fixed weight or with the Lagrange multiplier.
+"""Conservative Q-Learning (CQL) in the three forms that the notes print.
 
-Kumar, Zhou, Tucker & Levine, "Conservative Q-Learning for Offline Reinforcement Learning", NeurIPS 2020, arXiv 2006.04779.
-Notes: Value Function Regularization › CQL. (They date it 2019 once; their practical objective prints E_{a~D}[Q] inside the
-exponential, it belongs outside as in (E4); and "Q_CQL ≤ Q for all s, a" holds only without the data term: with it, as here,
-E_π[Q] is a lower bound, while Q at well-covered actions may be too high. tests/test_cql.py shows both by running code.)
+Kumar, Zhou, Tucker & Levine, "Conservative Q-Learning for Offline Reinforcement Learning",
+NeurIPS 2020, arXiv 2006.04779.
+Notes: Value Function Regularization › CQL. (In the practical form the mean over the data's actions
+is under π̂_β; the notes print π̂_θ. That it stands inside the exponential changes no number.)
 
-SAC offline fails because Q is too large at actions that the data lack. CQL adds a term to the critic's loss that pushes Q
-down where its soft maximum over all actions is, and up at the data's actions. What remains is SAC.
+SAC fails offline because Q is too large at actions that the data lack. CQL adds a term to the
+critic's loss that pushes Q down at such actions and, in two of three forms, up at the data's. What
+remains is SAC.
 
-  (E1) ã = tanh(u), u = μ(s) + σ(s)·ε,  log π(ã|s) = Σ_i [ log N(u_i; μ_i, σ_i) − 2(log 2 − u_i − softplus(−2u_i)) ]
+  (E1) ã = tanh(u),  u ~ N(m(s), σ(s)²);  log π(ã|s) as in sac.py
   (E2) y = r + γ (1 − d) min_k Q̄_k(s′, ã′),  ã′ ~ π(·|s′), without the entropy term
-  (E3) soft_max_k(s) = log Σ_j exp( Q_k(s, a_j) − log μ_j(a_j) ),  the a_j: N from U(−1, 1), N from π(·|s), N from π(·|s′)
-  (E4) gap_k = E_D[ soft_max_k(s) − Q_k(s, a) ]
-  (E5) L_Q = Σ_k ( E_D[ (Q_k(s, a) − y)² ] + w · gap_k )
-  (E6) Lagrange: w is learned, L_w = −w · (mean_k gap_k − τ):  it grows while the gap is above τ
-  (E7) L_π = E_D[ α log π(ã|s) − min_k Q_k(s, ã) ],  ã ~ π(·|s)
-  (E8) L_α = E_D[ −log α · (log π(ã|s) + H̄) ],  H̄ = −dim(A)
-  (E9) Q̄ ← Q̄ + rate · (Q − Q̄)
+  (E3) push_k(s) = log Σ_j exp( Q_k(s, a_j) − log p_j(a_j) ),  the a_j: N from U(−1, 1),
+       N from π(·|s), N from π(·|s′), each drawn with its own density p_j    --form logsumexp
+  (E4) push_k(s) = mean_j Q_k(s, a_j),  the a_j: N from μ = π(·|s)          --form cql-h, plain
+  (E5) gap_k = E_D[ push_k(s) − c · Q_k(s, a) ],  c = 0 for plain, else 1
+  (E6) L_Q = Σ_k ( E_D[ (Q_k(s, a) − y)² ] + w · gap_k )
+  (E7) --lagrange: w is learned, L_w = −w · (mean_k gap_k − τ), so it grows while the gap is above τ
+  (E8) L_π = E_D[ α log π(ã|s) − min_k Q_k(s, ã) ],  ã ~ π(·|s)
+  (E9) L_α = E_D[ −log α · (log π(ã|s) + H̄) ],  H̄ = −dim(A)
+  (E10) Q̄ ← Q̄ + rate · (Q − Q̄)
 
-(E3) is importance sampling of log ∫ exp Q(s, a) da, up to log 3N: whatever density μ_j an action was drawn from, dividing by
-it makes the sum count each region of actions once. Actions drawn at s′ are also evaluated at s: they are one more proposal.
+(E4) is the notes' E_μ[Q], with the current policy as μ. (E3) is its maximum over all μ with their
+entropy: max_μ E_μ[Q] + H(μ) = log ∫ exp Q(s, a) da, by importance sampling, plus the constant
+log 3N. What is at most its true value, with exact expectations (tests/test_cql.py shows each):
+  plain      every Q(s, a): the notes' "Q_CQL ≤ Q for all s, a".
+  cql-h      V(s) = E_π[Q(s, ·)]. Where the data act more often than π, Q itself may be too high.
+  logsumexp  V(s) of policies near softmax(Q). For a policy that keeps to the data's most frequent
+             actions V may be too high. This form is the one used in practice.
+The notes and the paper have ½ before the Bellman error; (E6) has not, as in the official code. So
+w is twice their α: w = 5 is α = 2.5.
 
-Shapes: B batch, S observation, A action, K = 2 critics, N samples per proposal. d is terminated: a truncated episode
-bootstraps. Observations are raw, actions lie in [-1, 1]; the actor converts them to the environment's units.
+Shapes: B batch, S observation, A action, K = 2 critics, M actions per observation (3N or N). d is
+terminated: a truncated episode bootstraps. Observations are raw; actions lie in [-1, 1].
 
 Differences from the paper and its official code (aviralkumar2907/CQL):
-  D1 No cloning of the data in the first 40,000 actor steps [the official script does]; other reproductions do without.
-  D2 Steps are taken one after the other, Q, π, α, targets, as in sac.py; the official code builds all losses first.
-  D3 Weight w = 5 and no Lagrange multiplier by default, which the official README advises for these tasks; its script's
-     default is the multiplier with τ = 5. There w and the multiplier both appear, and the latter is clipped at 10⁶; here it
-     starts at w and is not clipped.
-  D4 Target critics start as copies, not as other random networks; PyTorch's default initialisation.
+  D1 No cloning of the data in the first 40,000 actor steps; other reproductions have none either.
+  D2 Order: Q, w, π, α, targets; π's loss has the α from before this step, as in sac.py. Officially
+     α, w, Q, π: π's loss has the new α, and Q from before its step.
+  D3 w = 5 and no multiplier by default, as the official README advises; its script has one, τ = 5,
+     beside a fixed w and clipped at 10⁶. Here the multiplier is w itself, starts at --cql-weight.
+  D4 Target critics start as copies, not as other random networks; PyTorch's initialisation.
+  D5 Forms cql-h and plain are the paper's equations; the official code has neither.
 
-Run:     python algorithms/cql.py --env hopper-medium
-         python algorithms/cql.py --env hopper-medium --lagrange --cql-weight 1
-Expect:  hopper-medium (the data score 44): 43.0 after 20,000 updates, seed 0, an hour on one core; so few because 30 actions
-         per observation cost 13.5 GFLOP an update, 30 times TD3+BC. Published scores are of 1M updates; results/curves/.
+Watch: q_policy stays below the data's discounted returns. If it grows without bound, raise w. If
+q_data sinks far below them, lower w; plain lowers it by w / 2 at every step by its nature.
+
+Run:     python algorithms/cql.py --env hopper-medium --form logsumexp
+Expect:  about a clone's score after 20,000 updates; published scores are of 1M. Slow, as an update
+         values 30 actions per observation. Scores and curves: results/README.md.
 """
 import copy
 import math
@@ -43,53 +56,61 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # lets this file find common.py
+from common import Batch, Dataset, Run, check_range, fail, load_dataset, record_on_cuda
 
 import torch
 import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # lets this file find common.py
-from common import Batch, Dataset, Run, check, load_dataset, record_on_cuda
-
 
 @dataclass
 class Args:
     # run
-    env: str = "hopper-medium"  # suite dataset, Minari id or path of a D4RL .hdf5 file
+    env: str = "hopper-medium"  # suite dataset, Minari id, or path of a .hdf5 or .npz file
     seed: int = 0  # of networks, batches and evaluation episodes
     steps: int = 1_000_000  # gradient updates [=]; the official script has 3M
-    batch_size: int = 256  # transitions per update [C cql_mujoco_new.py]
     device: str = "auto"  # auto, cpu or cuda
+    threads: int = 0  # of the CPU; 0: one for light updates, up to four for heavy ones
     eval_every: int = 5_000  # updates between evaluations, and between checkpoints [=]
     eval_episodes: int = 10  # per evaluation [=]
     final_episodes: int = 100  # behind the final score [=]
+    eval_env: str = "auto"  # auto: as recorded; none: no evaluation; or a Gymnasium id
+    holdout: float = 0.0  # share of episodes kept from training, for fqe.py
     out: str = "runs"  # folder for results
-    resume: bool = False  # go on from the last checkpoint
+    resume: bool = False  # continue from the last checkpoint
     # optimisation
+    batch_size: int = 256  # transitions per update [C cql_mujoco_new.py]
     actor_lr: float = 1e-4  # Adam, for π and α [C cql_mujoco_new.py]; the paper has 3e-5
     critic_lr: float = 3e-4  # Adam, for Q and the multiplier [P][C cql_mujoco_new.py]
     gamma: float = 0.99  # discount γ [C cql_mujoco_new.py]
-    target_rate: float = 0.005  # share of the new weights in (E9) [C cql_mujoco_new.py]
+    target_rate: float = 0.005  # share of the new weights in (E10) [C cql_mujoco_new.py]
     # CQL
-    cql_weight: float = 5.0  # w in (E5); with --lagrange its first value [C README] [D3]
-    num_samples: int = 10  # N in (E3), so 3N actions per observation [C cql.py]
+    form: Literal["logsumexp", "cql-h", "plain"] = "logsumexp"  # (E3), or (E4) with c = 1, 0 [D5]
+    cql_weight: float = 5.0  # w in (E6); with --lagrange its first value [C README] [D3]
+    num_samples: int = 10  # N in (E3) and (E4) [C cql.py]
     lagrange: bool = False  # learn w, so that the gap stays at target_gap [D3]
-    target_gap: float = 5.0  # τ in (E6), of use with --lagrange only [C cql_mujoco_new.py]
+    target_gap: float = 5.0  # τ in (E7), of use with --lagrange only [C cql_mujoco_new.py]
 
 
 HIDDEN = (256, 256, 256)  # widths of actor and critics [C cql_mujoco_new.py]
-LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0  # [C cql_mujoco_new.py]
+LOG_STD_MIN = -5.0  # [C cql_mujoco_new.py]
+LOG_STD_MAX = 2.0  # [C cql_mujoco_new.py]
 
 
 def mlp(*widths: int) -> nn.Sequential:
     """Linear layers of these widths with ReLU between them."""
-    layers = [layer for i, o in zip(widths, widths[1:]) for layer in (nn.Linear(i, o), nn.ReLU())]
+    layers = []
+    for inputs, outputs in zip(widths, widths[1:]):
+        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 
 
 class Actor(nn.Module):
-    """Tanh-Gaussian π(a|s) on [-1, 1]^A. Its buffers hold the units, so a saved policy eats raw observations."""
+    """Tanh-Gaussian π(a|s) on [-1, 1]^A. Its buffers hold the environment's action units."""
 
     def __init__(self, obs_dim: int, action_dim: int):
         super().__init__()
@@ -108,17 +129,18 @@ class Actor(nn.Module):
 
     @torch.no_grad()
     def act(self, obs: Tensor) -> Tensor:
-        """Raw observations (B, S) to the environment's actions (B, A), without noise: tanh of the mean."""
-        return self.to_env(torch.tanh(self(obs)[0]))
+        """Raw observations (B, S) to the environment's actions (B, A): tanh(mean), no noise."""
+        mean, _ = self(obs)
+        return self.to_env(torch.tanh(mean))
 
 
 def sample_action(mean: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor]:
-    """(E1) actions (..., A) drawn with the reparameterisation trick, and their log-densities (...)."""
-    # (E1)
+    """(E1) actions (..., A), drawn with the reparameterisation trick, and their log π (...)."""
+    # (E1) the second term of log_prob is log(1 − tanh²u), in a form that does not overflow
     noise = torch.randn_like(mean)
     u = mean + log_std.exp() * noise
     log_normal = -0.5 * noise**2 - log_std - 0.5 * math.log(2 * math.pi)
-    log_prob = log_normal - 2 * (math.log(2) - u - F.softplus(-2 * u))  # log(1 − tanh²u) without overflow
+    log_prob = log_normal - 2 * (math.log(2) - u - F.softplus(-2 * u))
     return torch.tanh(u), log_prob.sum(-1)
 
 
@@ -141,18 +163,22 @@ class Critic(nn.Module):
     def __init__(self, obs_dim: int, action_dim: int, num: int = 2):
         super().__init__()
         widths = (obs_dim + action_dim, *HIDDEN, 1)
-        self.layers = nn.ModuleList(EnsembleLinear(num, i, o) for i, o in zip(widths, widths[1:]))
+        self.layers = nn.ModuleList()
+        for inputs, outputs in zip(widths, widths[1:]):
+            self.layers.append(EnsembleLinear(num, inputs, outputs))
 
     def forward(self, obs: Tensor, action: Tensor) -> Tensor:
-        x = torch.cat([obs, action], dim=-1).expand(len(self.layers[0].weight), -1, -1)  # (K, B, S + A)
+        num = len(self.layers[0].weight)
+        x = torch.cat([obs, action], dim=-1).expand(num, -1, -1)  # (K, B, S + A)
         for layer in self.layers[:-1]:
             x = F.relu(layer(x))
         return self.layers[-1](x).squeeze(-1)
 
 
 @torch.no_grad()
-def td_target(critic_target: Critic, next_policy: tuple[Tensor, Tensor], batch: Batch, gamma: float) -> Tensor:
-    """(E2): the regression target y, (B,). `next_policy` is π(·|s′): mean and log std, (B, A) each."""
+def td_target(critic_target: Critic, next_policy: tuple[Tensor, Tensor], batch: Batch,
+              gamma: float) -> Tensor:
+    """(E2): the regression target y, (B,). `next_policy` is π(·|s′): mean, log std, (B, A) each."""
     # (E2) official "deterministic backup" means no entropy term; the action is still a sample
     next_action, _ = sample_action(*next_policy)
     next_q = critic_target(batch.next_obs, next_action).min(dim=0).values
@@ -160,60 +186,86 @@ def td_target(critic_target: Critic, next_policy: tuple[Tensor, Tensor], batch: 
 
 
 @torch.no_grad()
-def propose_actions(policy: tuple[Tensor, Tensor], next_policy: tuple[Tensor, Tensor], num: int) -> tuple[Tensor, Tensor]:
-    """(E3): the actions (B, 3N, A) and the log-densities (B, 3N) that they were drawn with."""
+def several_actions(policy: tuple[Tensor, Tensor], num: int) -> tuple[Tensor, Tensor]:
+    """N actions of the policy for each observation, (B, N, A), and their log π, (B, N)."""
+    mean, log_std = policy  # (B, A) each
+    mean = mean.unsqueeze(1).expand(-1, num, -1)
+    log_std = log_std.unsqueeze(1).expand(-1, num, -1)
+    return sample_action(mean, log_std)
+
+
+@torch.no_grad()
+def propose_actions(policy: tuple[Tensor, Tensor], next_policy: tuple[Tensor, Tensor],
+                    num: int) -> tuple[Tensor, Tensor]:
+    """For (E3): actions (B, 3N, A) and the log-densities (B, 3N) that they were drawn with."""
     batch_size, action_dim = policy[0].shape
     uniform = 2 * torch.rand(batch_size, num, action_dim, device=policy[0].device) - 1
-    actions, log_densities = [uniform], [torch.full_like(uniform[..., 0], -action_dim * math.log(2))]  # density ½ per axis
-    for mean, log_std in (policy, next_policy):
-        several = (x.unsqueeze(1).expand(-1, num, -1) for x in (mean, log_std))  # (B, N, A)
-        action, log_prob = sample_action(*several)
-        actions.append(action)
-        log_densities.append(log_prob)
-    return torch.cat(actions, dim=1), torch.cat(log_densities, dim=1)
+    log_uniform = torch.full_like(uniform[..., 0], -action_dim * math.log(2))  # ½ per dimension
+    current, log_current = several_actions(policy, num)
+    following, log_following = several_actions(next_policy, num)
+    actions = torch.cat([uniform, current, following], dim=1)
+    return actions, torch.cat([log_uniform, log_current, log_following], dim=1)
+
+
+def values_of_many(critic: Critic, obs: Tensor, actions: Tensor) -> Tensor:
+    """Q of M actions per observation: (B, S), (B, M, A) -> (K, B, M)."""
+    batch_size, num, action_dim = actions.shape
+    repeated = obs.repeat_interleave(num, dim=0)  # (B M, S)
+    return critic(repeated, actions.reshape(-1, action_dim)).view(-1, batch_size, num)
 
 
 def soft_max_q(critic: Critic, obs: Tensor, actions: Tensor, log_density: Tensor) -> Tensor:
-    """(E3): (B, S), (B, M, A), (B, M) -> (K, B). All actions are valued at `obs`, wherever they were proposed."""
-    batch_size, num, action_dim = actions.shape
-    q = critic(obs.repeat_interleave(num, dim=0), actions.reshape(-1, action_dim)).view(-1, batch_size, num)  # (K, B, M)
-    assert q.shape[1:] == log_density.shape, "the sum runs over the M actions of one observation, and over nothing else"
-    # (E3)
+    """(E3): (B, S), (B, M, A), (B, M) -> (K, B)."""
+    q = values_of_many(critic, obs, actions)  # (K, B, M)
+    assert q.shape[1:] == log_density.shape, "the sum runs over the M actions of one observation"
+    # (E3) dividing by the density makes the sum count each region of actions once, wherever its
+    # actions come from; those drawn at s′ are one more proposal for s, and valued at s
     return torch.logsumexp(q - log_density, dim=-1)
 
 
-def critic_loss(critic: Critic, batch: Batch, y: Tensor, soft_max: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(E5) with (E4); also the gap and the mean Q of the data's actions. `soft_max` is (K, B), with its gradient."""
+def mean_q(critic: Critic, obs: Tensor, actions: Tensor) -> Tensor:
+    """(E4): (B, S), (B, M, A) -> (K, B)."""
+    # (E4) the actions come from μ, so their plain mean is E_μ[Q]
+    return values_of_many(critic, obs, actions).mean(dim=-1)
+
+
+def critic_loss(critic: Critic, batch: Batch, y: Tensor, push: Tensor, weight: Tensor,
+                data_weight: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    """(E6) with (E5); also the gap and the mean Q of the data's actions. `data_weight` is c."""
     q = critic(batch.obs, batch.action)  # (K, B)
-    assert y.shape == q.shape[1:] and soft_max.shape == q.shape, "broadcasting would train, on something else"
-    # (E4)
-    gap = (soft_max - q).mean(dim=1)  # (K,)
-    # (E5)
-    return ((q - y).pow(2).mean(dim=1) + weight * gap).sum(), gap.detach().mean(), q.detach().mean()
+    assert y.shape == q.shape[1:], "a target (B, 1) would broadcast to (K, B, B), and train"
+    assert push.shape == q.shape, "one value per critic and observation"
+    # (E5) minimising it pushes Q down where push looks, and up at the data's actions
+    gap = (push - data_weight * q).mean(dim=1)  # (K,)
+    # (E6)
+    loss = ((q - y).pow(2).mean(dim=1) + weight * gap).sum()
+    return loss, gap.detach().mean(), q.detach().mean()
 
 
 def weight_loss(log_weight: Tensor, gap: Tensor, target_gap: float) -> Tensor:
-    """(E6): gradient descent on it is ascent on the constraint's multiplier w = exp(log w)."""
-    # (E6)
+    """(E7), with w = exp(log w)."""
+    # (E7) w is a constraint's multiplier: descent on this loss is ascent on the constraint
     return -log_weight.exp() * (gap - target_gap)
 
 
-def actor_loss(actor: Actor, critic: Critic, entropy_coef: Tensor, obs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(E7); also log π (B,), which (E8) needs, and the mean Q of the policy's actions."""
+def actor_loss(actor: Actor, critic: Critic, entropy_coef: Tensor,
+               obs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(E8); also log π (B,), which (E9) needs, and the mean Q of the policy's actions."""
     action, log_prob = sample_action(*actor(obs))
     q = critic(obs, action)  # (K, B)
-    # (E7)
-    return (entropy_coef * log_prob - q.min(dim=0).values).mean(), log_prob.detach(), q.detach().mean()
+    # (E8)
+    loss = (entropy_coef * log_prob - q.min(dim=0).values).mean()
+    return loss, log_prob.detach(), q.detach().mean()
 
 
 def entropy_coef_loss(log_entropy_coef: Tensor, log_prob: Tensor, target_entropy: float) -> Tensor:
-    """(E8): α grows while the policy's entropy is below its target."""
-    # (E8)
+    """(E9): the loss of the entropy coefficient α; log_prob carries no gradient."""
+    # (E9) E[−log π] is the entropy: α grows while it is below its target
     return -(log_entropy_coef * (log_prob + target_entropy)).mean()
 
 
 def descend(loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
-    """One gradient step on the optimizer's own parameters; for no others is a gradient computed."""
+    """One gradient step on the optimizer's own parameters; no others get a gradient."""
     optimizer.zero_grad()
     loss.backward(inputs=optimizer.param_groups[0]["params"])
     optimizer.step()
@@ -221,61 +273,81 @@ def descend(loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
 
 @torch.no_grad()
 def polyak_update(target: nn.Module, online: nn.Module, rate: float) -> None:
-    """(E9) target ← target + rate · (online − target), for all parameters at once."""
+    """(E10) target ← target + rate · (online − target), for all parameters at once."""
     torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), rate)
 
 
-def update(args: Args, data: Dataset, actor: Actor, critic: Critic, critic_target: Critic, log_entropy_coef: Tensor,
-           log_weight: Tensor, actor_optimizer, critic_optimizer, entropy_optimizer, weight_optimizer) -> dict[str, Tensor]:
+def update(args: Args, data: Dataset, actor: Actor, critic: Critic, critic_target: Critic,
+           log_entropy_coef: Tensor, log_weight: Tensor, actor_optimizer, critic_optimizer,
+           entropy_optimizer, weight_optimizer) -> dict[str, Tensor]:
     """One step of CQL: Q (and w), π, α, targets."""
     batch = data.sample(args.batch_size)
-    entropy_coef, weight = log_entropy_coef.detach().exp(), log_weight.detach().exp()
+    entropy_coef = log_entropy_coef.detach().exp()
+    weight = log_weight.detach().exp()
 
     with torch.no_grad():
-        policy, next_policy = actor(batch.obs), actor(batch.next_obs)
+        policy = actor(batch.obs)
+        next_policy = actor(batch.next_obs)
     y = td_target(critic_target, next_policy, batch, args.gamma)
-    soft_max = soft_max_q(critic, batch.obs, *propose_actions(policy, next_policy, args.num_samples))
-    q_loss, gap, q_data = critic_loss(critic, batch, y, soft_max, weight)
+    if args.form == "logsumexp":
+        actions, log_density = propose_actions(policy, next_policy, args.num_samples)
+        push = soft_max_q(critic, batch.obs, actions, log_density)
+    else:
+        actions, _ = several_actions(policy, args.num_samples)
+        push = mean_q(critic, batch.obs, actions)
+    data_weight = 0.0 if args.form == "plain" else 1.0
+    q_loss, gap, q_data = critic_loss(critic, batch, y, push, weight, data_weight)
     descend(q_loss, critic_optimizer)
-    if args.lagrange:
-        descend(weight_loss(log_weight, gap, args.target_gap), weight_optimizer)  # the critic's step used the old w
+    if args.lagrange:  # the critic's step above had the old w
+        descend(weight_loss(log_weight, gap, args.target_gap), weight_optimizer)
 
     pi_loss, log_prob, q_policy = actor_loss(actor, critic, entropy_coef, batch.obs)
     descend(pi_loss, actor_optimizer)
 
-    descend(entropy_coef_loss(log_entropy_coef, log_prob, -data.action_dim), entropy_optimizer)
+    alpha_loss = entropy_coef_loss(log_entropy_coef, log_prob, -data.action_dim)
+    descend(alpha_loss, entropy_optimizer)
 
-    # (E9)
+    # (E10)
     polyak_update(critic_target, critic, args.target_rate)
-    return {"critic_loss": q_loss.detach(), "q_data": q_data, "q_policy": q_policy, "gap": gap, "cql_weight": weight,
-            "entropy": -log_prob.mean(), "entropy_coef": entropy_coef}
+    return {"critic_loss": q_loss.detach(), "q_data": q_data, "q_policy": q_policy, "gap": gap,
+            "cql_weight": weight, "entropy": -log_prob.mean(), "entropy_coef": entropy_coef}
 
 
 def train(args: Args) -> None:
-    check(args.cql_weight > 0 and args.num_samples > 0, "--cql-weight and --num-samples must be above 0")
-    data = load_dataset(args.env, args.device)
-    run = Run(args, data, variant="-lagrange" if args.lagrange else "")
+    check_range(args, "batch_size num_samples", 1)
+    check_range(args, "actor_lr critic_lr", 0)
+    check_range(args, "gamma target_rate", 0, 1)
+    if not 0 < args.cql_weight < math.inf:
+        fail(f"--cql-weight must be above 0, not {args.cql_weight}; without it this is SAC: sac.py")
+    if args.lagrange and args.form == "plain":
+        fail("--lagrange needs the data's Q in the gap, which --form plain leaves out")
+    data = load_dataset(args.env, args.device, eval_env=args.eval_env, holdout=args.holdout)
+    variant = {"logsumexp": "", "cql-h": "-h", "plain": "-plain"}[args.form]
+    variant += "-lagrange" if args.lagrange else ""
+    run = Run(args, data, variant, gflop=13.5)
+
     actor = Actor(data.obs_dim, data.action_dim).to(data.device)
     actor.action_mid, actor.action_half = data.action_mid, data.action_half
     critic = Critic(data.obs_dim, data.action_dim).to(data.device)
-    critic_target = copy.deepcopy(critic)
     log_entropy_coef = torch.zeros((), device=data.device, requires_grad=True)
-    log_weight = torch.full((), math.log(args.cql_weight), device=data.device, requires_grad=True)
-
+    log_weight = torch.tensor(math.log(args.cql_weight), device=data.device, requires_grad=True)
     adam = partial(torch.optim.Adam, fused=True, capturable=data.device.type == "cuda")
-    actor_optimizer = adam(actor.parameters(), lr=args.actor_lr)
-    critic_optimizer = adam(critic.parameters(), lr=args.critic_lr)
-    entropy_optimizer = adam([log_entropy_coef], lr=args.actor_lr)
-    weight_optimizer = adam([log_weight], lr=args.critic_lr)
-    start = run.resume(actor=actor, critic=critic, critic_target=critic_target, log_entropy_coef=log_entropy_coef,
-                       log_weight=log_weight, actor_optimizer=actor_optimizer, critic_optimizer=critic_optimizer,
-                       entropy_optimizer=entropy_optimizer, weight_optimizer=weight_optimizer)
-    one_update = record_on_cuda(partial(update, args, data, actor, critic, critic_target, log_entropy_coef, log_weight,
-                                        actor_optimizer, critic_optimizer, entropy_optimizer, weight_optimizer), data.device)
+    learned = {
+        "actor": actor,
+        "critic": critic,
+        "critic_target": copy.deepcopy(critic),
+        "log_entropy_coef": log_entropy_coef,
+        "log_weight": log_weight,
+        "actor_optimizer": adam(actor.parameters(), lr=args.actor_lr),
+        "critic_optimizer": adam(critic.parameters(), lr=args.critic_lr),
+        "entropy_optimizer": adam([log_entropy_coef], lr=args.actor_lr),
+        "weight_optimizer": adam([log_weight], lr=args.critic_lr),
+    }
+    start = run.begin(learned, actor)
+    one_update = record_on_cuda(partial(update, args, data, **learned), data.device)
     for step in range(start + 1, args.steps + 1):
-        metrics = one_update()
-        run.step(step, metrics, actor.act)
-    run.finish(actor)
+        run.step(step, one_update())
+    run.finish()
 
 
 if __name__ == "__main__":

@@ -1,13 +1,19 @@
-"""Critic-Regularised Regression, with exponential or binary weights.
+"""Critic-regularised regression (CRR), with exponential or binary weights.
 
 Wang et al., "Critic Regularized Regression", NeurIPS 2020, arXiv 2006.15134.
-Notes: Policy Constraints (软约束), in their references. Weighted cloning needs no estimate of π_β, so a wrong one
-(their ▼ 问题) can't hurt.
+Notes: Policy Constraints (软约束), in their references. Weighted cloning needs no estimate of π_β,
+so it does not suffer from a wrong one (their ▼ 问题).
 
-One of four files, iql.py, awac.py, crr.py and awr.py, that all clone the data's actions by weight: read them side by side
-for how each estimates the advantage of an action, and how it turns that into a weight. CRR learns Q of its own policy, as AWAC
-does, and takes the mean over N of the policy's actions for V(s). The weight is exponential with a cap, or binary: clone what is
-better than the policy, drop the rest. Targets are not averages but copies, of Q and of π, renewed at intervals.
+CRR learns Q of its own policy, as AWAC does, and takes the mean over N of the policy's actions for
+V(s). The weight is exponential with a cap; or binary: clone what is better than the policy, drop
+the rest. The targets are copies of Q and of π, renewed at intervals.
+
+One of four siblings that clone the data's actions a, each with a weight w (ã are actions of π):
+        advantage Â               unit of Â            weight w            cap  critic
+  iql   Q̄(s, a) − V(s)            return range / 1000  exp(β Â)            100  V, then Q from V
+  awac  Q(s, a) − Q(s, ã)         reward               softmax over batch  B    Q of π
+  crr   Q(s, a) − mean Q(s, ã_j)  reward               exp(Â/β) or 1[Â>0]  20   Q of π, with norms
+  awr   R − V(s)                  its std over data    exp(Â/β)            20   V of the data
 
   (E1) ã = clip( μ(s) + σ·ε, −1, 1 ),  ε ~ N(0, 1)
   (E2) y = r + γ (1 − d) min_k Q̄_k(s′, ã′),  ã′ ~ π̄(·|s′)
@@ -17,27 +23,28 @@ better than the policy, drop the rest. Targets are not averages but copies, of Q
   (E6) L_Q = Σ_k E_D[ (Q_k(s, a) − y)² ]
   (E7) every target_every updates  Q̄ ← Q,  π̄ ← π
 
-Shapes: B batch, S observation, A action, K = 2 critics, N samples. d is terminated: a truncated episode bootstraps.
-Observations are raw, actions lie in [-1, 1]; the actor converts them to the environment's units.
+Shapes: B batch, S observation, A action, K = 2 critics, N samples. d is terminated: a truncated
+episode bootstraps. Observations are raw, actions lie in [-1, 1]; the actor converts them.
 
-Differences. The paper's code (deepmind/acme, TensorFlow) has residual blocks, LSTMs, a mixture of five Gaussians, a critic of
-21 atoms on [0, 100], the range of its tasks' returns, and gradients clipped at norm 40. We follow acme's later JAX version,
-  D1 but for its critic's loss: it adds rewards (B,) to Q̄ (B, 1), so that each Q learns the batch's mean reward. And no ½.
-  D2 a Gaussian around tanh of a mean [d3rlpy], as in iql.py; JAX's tanh of a Gaussian has infinite log π at |a| = 1.
+Differences. The paper's code (deepmind/acme, TensorFlow) has residual blocks, LSTMs, a mixture of
+Gaussians, a critic of 21 atoms on [0, 100], and clipped gradients. This file follows acme's later
+JAX version, except for
+  D1 its critic's loss, which adds rewards (B,) to Q̄ (B, 1): each Q learns the batch's mean. No ½.
+  D2 A Gaussian around tanh of a mean [d3rlpy]; JAX's tanh of a Gaussian has infinite log π at ±1.
   D3 Batches of 256, as in the paper's code; JAX's example has 64.
-  D4 It acts with the policy's mean; JAX with the target policy's mode, the paper's code draws among samples by softmax of Q.
+  D4 It acts with the policy's mean; JAX with the target policy's mode, the paper's code with
+     samples drawn by softmax of Q.
   D5 PyTorch's default initialisation, as in the other files here.
-  D6 Two critics, their minimum and layer norms [offbench; there before ReLU, here after, as in rebrac.py]; the
-     paper's code has one, with norms, on atoms with a bound. JAX's single plain critic does not hold on
-     hopper-medium-replay, where no discounted return of the data exceeds 342: its mean Q was 6,300 after 58,000 updates,
-     that of two without norms 1,100 after 30,000.
+  D6 Two critics, their minimum, and layer norms [offbench; there before ReLU, here after]. The
+     paper's critic has norms and a bound. JAX's one plain critic diverges on hopper-medium-replay.
+
+Watch: q_data levels off below the data's largest discounted returns; if it keeps rising, Q has
+diverged. effective_share stays above 0.1; near 1/B one action gets all the weight: raise --beta.
 
 Run:     python algorithms/crr.py --env hopper-medium
          python algorithms/crr.py --env hopper-medium --weighting binary
-Expect:  hopper-medium 90.7 (the data 44, BC 47 and 54), hopper-medium-replay 57.3 (the data 15, BC 18), after 100,000 updates,
-         seed 0, in half an hour on a core; on the latter evaluations swing between 24 and 86 once they are above 20.
-         pendulum-medium-replay (the data −1148): −420 and −513 after 8,000 updates, otherwise with its end-to-end test's
-         settings, −1044 at best without D6.
+Expect:  clearly above a clone after 100,000 updates, with evaluations that swing on mixed data.
+         Scores and curves: results/README.md.
 """
 import copy
 import math
@@ -47,29 +54,32 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # lets this file find common.py
+from common import Batch, Dataset, Run, check_range, fail, load_dataset, record_on_cuda
+
 import torch
 import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # lets this file find common.py
-from common import Batch, Dataset, Run, load_dataset, record_on_cuda
-
 
 @dataclass
 class Args:
     # run
-    env: str = "hopper-medium"  # suite dataset, Minari id or path of a D4RL .hdf5 file
+    env: str = "hopper-medium"  # suite dataset, Minari id, or path of a .hdf5 or .npz file
     seed: int = 0  # of networks, batches and evaluation episodes
     steps: int = 1_000_000  # gradient updates [=]
-    batch_size: int = 256  # transitions per update [C acme/tf/crr] [D3]
     device: str = "auto"  # auto, cpu or cuda
+    threads: int = 0  # of the CPU; 0: one for light updates, up to four for heavy ones
     eval_every: int = 5_000  # updates between evaluations, and between checkpoints [=]
     eval_episodes: int = 10  # per evaluation [=]
     final_episodes: int = 100  # behind the final score [=]
+    eval_env: str = "auto"  # auto: as recorded; none: no evaluation; or a Gymnasium id
+    holdout: float = 0.0  # share of episodes kept from training, for fqe.py
     out: str = "runs"  # folder for results
-    resume: bool = False  # go on from the last checkpoint
+    resume: bool = False  # continue from the last checkpoint
     # optimisation
+    batch_size: int = 256  # transitions per update [C acme/tf/crr] [D3]
     actor_lr: float = 3e-4  # Adam [C jax/crr/config.py]
     critic_lr: float = 3e-4  # Adam [C jax/crr/config.py]
     gamma: float = 0.99  # discount γ [C jax/crr/config.py]
@@ -77,8 +87,8 @@ class Args:
     # CRR
     weighting: Literal["exp", "binary"] = "exp"  # which of (E4) [P][C jax/crr/losses.py]
     num_samples: int = 4  # N in (E3) [C jax/crr/losses.py]
-    beta: float = 1.0  # β in (E4), larger clones more; used by exp only, like max_weight [C jax/crr/losses.py]
-    max_weight: float = 20.0  # w_max in (E4) [C jax/crr/losses.py]
+    beta: float = 1.0  # β in (E4), for exp only; larger clones more [C jax/crr/losses.py]
+    max_weight: float = 20.0  # w_max in (E4), for exp only [C jax/crr/losses.py]
 
 
 HIDDEN = (256, 256)  # widths of actor and critic [C jax/crr/networks.py]
@@ -87,12 +97,14 @@ LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0  # as in iql.py [D2]
 
 def mlp(*widths: int) -> nn.Sequential:
     """Linear layers of these widths with ReLU between them."""
-    layers = [layer for i, o in zip(widths, widths[1:]) for layer in (nn.Linear(i, o), nn.ReLU())]
+    layers = []
+    for inputs, outputs in zip(widths, widths[1:]):
+        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 
 
 class Actor(nn.Module):
-    """Gaussian π(a|s) around tanh of a network. Its buffers hold the units, so a saved policy eats raw observations."""
+    """Gaussian π(a|s) around tanh of a network. Its buffers hold the action's units."""
 
     def __init__(self, obs_dim: int, action_dim: int):
         super().__init__()
@@ -108,19 +120,23 @@ class Actor(nn.Module):
 
     @torch.no_grad()
     def act(self, obs: Tensor) -> Tensor:
-        """Raw observations (B, S) to the environment's actions (B, A), without noise: the mean."""
-        return self.action_mid + self.action_half * self(obs)[0]
+        """Raw observations (B, S) to the environment's own actions (B, A): the mean."""
+        mean, _ = self(obs)
+        return self.action_mid + self.action_half * mean
 
 
 def gaussian_log_prob(mean: Tensor, log_std: Tensor, action: Tensor) -> Tensor:
-    """log N(a; μ, σ²), (B, A) -> (B,). No tanh follows the sample, so no Jacobian: it is finite at |a| = 1, too."""
+    """log N(a; μ, σ²), (B, A) -> (B,).
+
+    The sample is not squashed by tanh, so there is no Jacobian, and |a| = 1 has a finite density.
+    """
     z = (action - mean) / log_std.exp()
     return (-0.5 * z**2 - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
 
 
 def sample_clipped(mean: Tensor, log_std: Tensor) -> Tensor:
-    """(E1): actions (..., A) of the policy. Outside of the box no Q has been taught, hence the clip."""
-    # (E1)
+    """(E1): actions (..., A) of the policy."""
+    # (E1) the clip keeps samples in the range of the data's actions, where Q is trained
     return (mean + log_std.exp() * torch.randn_like(mean)).clamp(-1, 1)
 
 
@@ -138,27 +154,36 @@ class EnsembleLinear(nn.Module):
 
 
 class EnsembleLayerNorm(nn.Module):
-    """K layer norms, each with its own scale and shift: over the features of (K, B, H), not over the batch."""
+    """K layer norms over the features of (K, B, H), each with its own scale and shift."""
 
     def __init__(self, num: int, dim: int):
         super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.ones(num, 1, dim)), nn.Parameter(torch.zeros(num, 1, dim))
+        self.weight = nn.Parameter(torch.ones(num, 1, dim))
+        self.bias = nn.Parameter(torch.zeros(num, 1, dim))
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.addcmul(self.bias, F.layer_norm(x, x.shape[-1:], eps=1e-6), self.weight)
 
 
 class Critic(nn.Module):
-    """K independent Q networks, (B, S), (B, A) -> (K, B). A norm after each ReLU bounds how far Q reaches beyond the data."""
+    """K independent Q networks, (B, S), (B, A) -> (K, B).
+
+    The norm after each ReLU bounds how far Q can extrapolate beyond the data.
+    """
 
     def __init__(self, obs_dim: int, action_dim: int, num: int = 2):
         super().__init__()
         widths = (obs_dim + action_dim, *HIDDEN, 1)
-        self.layers = nn.ModuleList(EnsembleLinear(num, i, o) for i, o in zip(widths, widths[1:]))
-        self.norms = nn.ModuleList(EnsembleLayerNorm(num, width) for width in HIDDEN)
+        self.layers = nn.ModuleList()
+        for inputs, outputs in zip(widths, widths[1:]):
+            self.layers.append(EnsembleLinear(num, inputs, outputs))
+        self.norms = nn.ModuleList()
+        for width in HIDDEN:
+            self.norms.append(EnsembleLayerNorm(num, width))
 
     def forward(self, obs: Tensor, action: Tensor) -> Tensor:
-        x = torch.cat([obs, action], dim=-1).expand(len(self.layers[0].weight), -1, -1)  # (K, B, S + A)
+        num = len(self.layers[0].weight)
+        x = torch.cat([obs, action], dim=-1).expand(num, -1, -1)  # (K, B, S + A)
         for layer, norm in zip(self.layers, self.norms):
             x = norm(F.relu(layer(x)))
         return self.layers[-1](x).squeeze(-1)
@@ -167,7 +192,7 @@ class Critic(nn.Module):
 @torch.no_grad()
 def td_target(actor: Actor, critic_target: Critic, batch: Batch, gamma: float) -> Tensor:
     """(E2): the regression target y, (B,)."""
-    # (E2) an action of the policy's own; only a termination stops the bootstrap
+    # (E2) at an action of the policy; only a termination stops the bootstrap
     next_action = sample_clipped(*actor(batch.next_obs))
     next_q = critic_target(batch.next_obs, next_action).min(dim=0).values
     return batch.reward + gamma * (1 - batch.terminated) * next_q
@@ -176,28 +201,32 @@ def td_target(actor: Actor, critic_target: Critic, batch: Batch, gamma: float) -
 @torch.no_grad()
 def advantage(actor: Actor, critic: Critic, batch: Batch, num_samples: int) -> Tensor:
     """(E3): how much better the data's action is than the policy's are on average, (B,)."""
-    several = (x.unsqueeze(1).expand(-1, num_samples, -1) for x in actor(batch.obs))
-    actions = sample_clipped(*several)  # (B, N, A)
-    q = critic(batch.obs.repeat_interleave(num_samples, dim=0), actions.flatten(0, 1)).min(dim=0).values  # (B N,)
-    # (E3) online critics and online policy, the target's are for (E2); the minimum is of each action on its own
-    return critic(batch.obs, batch.action).min(dim=0).values - q.view(-1, num_samples).mean(dim=1)
+    mean, log_std = actor(batch.obs)  # (B, A)
+    mean = mean.unsqueeze(1).expand(-1, num_samples, -1)  # (B, N, A)
+    log_std = log_std.unsqueeze(1).expand(-1, num_samples, -1)
+    samples = sample_clipped(mean, log_std).flatten(0, 1)  # (B N, A)
+    obs = batch.obs.repeat_interleave(num_samples, dim=0)  # (B N, S)
+    # (E3) from online critics and online policy; each action has its own minimum
+    q_data = critic(batch.obs, batch.action).min(dim=0).values  # (B,)
+    q_policy = critic(obs, samples).min(dim=0).values.view(-1, num_samples)  # (B, N)
+    return q_data - q_policy.mean(dim=1)
 
 
-def weights(advantage: Tensor, args: Args) -> Tensor:
+def weights(adv: Tensor, args: Args) -> Tensor:
     """(E4): advantages (B,) to the weights (B,) of their actions."""
-    # (E4) a tie counts as not better
+    # (E4) binary: a tie counts as not better
     if args.weighting == "binary":
-        return (advantage > 0).to(advantage.dtype)
-    return (advantage / args.beta).exp().clamp(max=args.max_weight)
+        return (adv > 0).to(adv.dtype)
+    return (adv / args.beta).exp().clamp(max=args.max_weight)
 
 
 def effective_share(weight: Tensor) -> Tensor:
-    """(Σw)² / (B Σw²): 1 where all actions count alike, as in cloning; 1/B where a single one does."""
+    """(Σw)² / (B Σw²): 1 where all actions count alike, as in cloning; 1/B where one does."""
     return weight.sum() ** 2 / (len(weight) * weight.square().sum()).clamp(min=1e-8)
 
 
 def actor_loss(actor: Actor, batch: Batch, weight: Tensor) -> Tensor:
-    """(E5): cloning, of each action as much as it is worth."""
+    """(E5): cloning of the data's actions, each with its weight."""
     log_prob = gaussian_log_prob(*actor(batch.obs), batch.action)
     assert weight.shape == log_prob.shape, "a weight (B, 1) would broadcast to (B, B), and train"
     # (E5)
@@ -213,21 +242,23 @@ def critic_loss(critic: Critic, batch: Batch, y: Tensor) -> tuple[Tensor, Tensor
 
 
 def descend(loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
-    """One gradient step on the optimizer's own parameters; for no others is a gradient computed."""
+    """One gradient step on the optimizer's own parameters; no others get a gradient."""
     optimizer.zero_grad()
     loss.backward(inputs=optimizer.param_groups[0]["params"])
     optimizer.step()
 
 
 @torch.no_grad()
-def polyak_update(target: nn.Module, online: nn.Module, rate: float) -> None:
-    """(E7) target ← target + rate · (online − target), for all parameters at once."""
-    torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), rate)
+def copy_weights(target: nn.Module, online: nn.Module) -> None:
+    """(E7) target ← online, for all parameters at once."""
+    torch._foreach_copy_(list(target.parameters()), list(online.parameters()))
 
 
-def update(args: Args, data: Dataset, actor: Actor, actor_target: Actor, critic: Critic, critic_target: Critic,
-           actor_optimizer, critic_optimizer, renew_targets: bool) -> dict[str, Tensor]:
-    """One step of CRR: π, Q and, where it is their turn, the targets. Neither loss sees the other's step."""
+def update(args: Args, data: Dataset, actor: Actor, actor_target: Actor, critic: Critic,
+           critic_target: Critic, actor_optimizer, critic_optimizer,
+           copy_targets: bool) -> dict[str, Tensor]:
+    """One step of CRR: the actor, Q and, at intervals, the targets. Neither loss sees the other's
+    step."""
     batch = data.sample(args.batch_size)
 
     y = td_target(actor_target, critic_target, batch, args.gamma)
@@ -239,33 +270,40 @@ def update(args: Args, data: Dataset, actor: Actor, actor_target: Actor, critic:
     q_loss, q_data = critic_loss(critic, batch, y)
     descend(q_loss, critic_optimizer)
 
-    if renew_targets:
-        # (E7) at rate 1 an average is a copy
-        polyak_update(critic_target, critic, 1.0)
-        polyak_update(actor_target, actor, 1.0)
+    if copy_targets:
+        # (E7)
+        copy_weights(critic_target, critic)
+        copy_weights(actor_target, actor)
     return {"actor_loss": pi_loss.detach(), "critic_loss": q_loss.detach(), "q_data": q_data,
             "effective_share": effective_share(weight)}
 
 
 def train(args: Args) -> None:
-    data = load_dataset(args.env, args.device)
-    run = Run(args, data, variant="-binary" if args.weighting == "binary" else "")
+    check_range(args, "batch_size target_every num_samples", 1)
+    check_range(args, "actor_lr critic_lr max_weight", 0)
+    check_range(args, "gamma", 0, 1)
+    if args.beta <= 0:
+        fail(f"--beta must be above 0, not {args.beta}")
+    data = load_dataset(args.env, args.device, eval_env=args.eval_env, holdout=args.holdout)
+    run = Run(args, data, variant="-binary" if args.weighting == "binary" else "", gflop=0.811)
+
     actor = Actor(data.obs_dim, data.action_dim).to(data.device)
     actor.action_mid, actor.action_half = data.action_mid, data.action_half
     critic = Critic(data.obs_dim, data.action_dim).to(data.device)
-    actor_target, critic_target = copy.deepcopy(actor), copy.deepcopy(critic)
-
     adam = partial(torch.optim.Adam, fused=True, capturable=data.device.type == "cuda")
-    actor_optimizer = adam(actor.parameters(), lr=args.actor_lr)
-    critic_optimizer = adam(critic.parameters(), lr=args.critic_lr)
-    start = run.resume(actor=actor, actor_target=actor_target, critic=critic, critic_target=critic_target,
-                       actor_optimizer=actor_optimizer, critic_optimizer=critic_optimizer)
-    one_update = record_on_cuda(partial(update, args, data, actor, actor_target, critic, critic_target,
-                                        actor_optimizer, critic_optimizer), data.device)
+    learned = {
+        "actor": actor,
+        "actor_target": copy.deepcopy(actor),
+        "critic": critic,
+        "critic_target": copy.deepcopy(critic),
+        "actor_optimizer": adam(actor.parameters(), lr=args.actor_lr),
+        "critic_optimizer": adam(critic.parameters(), lr=args.critic_lr),
+    }
+    start = run.begin(learned, actor)
+    one_update = record_on_cuda(partial(update, args, data, **learned), data.device)
     for step in range(start + 1, args.steps + 1):
-        metrics = one_update(step % args.target_every == 0)
-        run.step(step, metrics, actor.act)
-    run.finish(actor)
+        run.step(step, one_update(copy_targets=step % args.target_every == 0))
+    run.finish()
 
 
 if __name__ == "__main__":

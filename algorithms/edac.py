@@ -1,16 +1,16 @@
-"""EDAC, and with --diversity-weight 0 SAC-N: SAC with many critics, taken at their word only where they agree.
+"""EDAC and SAC-N: SAC with many critics, whose minimum is a lower confidence bound.
 
-An, Moon, Kim & Song, "Uncertainty-Based Offline Reinforcement Learning with Diversified Q-Ensemble", NeurIPS 2021,
-arXiv 2110.01548.
-Notes: Uncertainty-Based › Bootstrap ensembles, Ensemble-DQN. (They find the critics of an ensemble too much alike: (E4) is one
-answer.)
+An, Moon, Kim & Song, "Uncertainty-Based Offline Reinforcement Learning with Diversified
+Q-Ensemble", NeurIPS 2021, arXiv 2110.01548.
+Notes: Uncertainty-Based › Bootstrap ensembles, Ensemble-DQN. (They find the critics of an ensemble
+too much alike; (E4) is one answer. msg.py is another.)
 
-SAC-N is SAC with N critics in place of two. The minimum over them is a lower confidence bound: at actions that the data lack,
-the critics disagree, and the smallest is far below the mean. Up to hundreds are needed, as critics that learn the same targets
-slope the same way beside the data. EDAC makes them slope differently, by a penalty on the cosines between their gradients, and
-needs ten to fifty.
+SAC-N is SAC with N critics in place of two. At actions that the data lack the critics disagree, and
+their minimum is far below their mean. It takes up to hundreds of critics, since critics that learn
+the same targets have similar slopes beside the data. EDAC penalises the cosines between their
+gradients, and needs ten to fifty.
 
-  (E1) ã = tanh(u), u = μ(s) + σ(s)·ε,  log π(ã|s) = Σ_i [ log N(u_i; μ_i, σ_i) − 2(log 2 − u_i − softplus(−2u_i)) ]
+  (E1) ã = tanh(u), u = μ(s) + σ(s)·ε;  log π(ã|s) as in sac.py
   (E2) y = r + γ (1 − d) ( min_k Q̄_k(s′, ã′) − α log π(ã′|s′) ),  ã′ ~ π(·|s′)
   (E3) g_k = ∇_a Q_k(s, a) / ‖∇_a Q_k(s, a)‖, at the data's action
   (E4) similarity = E_D[ Σ_{i≠j} ⟨g_i, g_j⟩ ] / (N − 1)
@@ -19,30 +19,29 @@ needs ten to fifty.
   (E7) L_α = E_D[ −log α · (log π(ã|s) + H̄) ],  H̄ = −dim(A)
   (E8) Q̄ ← Q̄ + rate · (Q − Q̄)
 
-(E4) is N where all critics slope alike, and −N / (N − 1) at least. With one action dimension a slope is up or down, (E4) has
-no gradient, and EDAC is SAC-N.
+(E4) is N where all critics have the same slope, and at least −N / (N − 1). With one action
+dimension a slope is up or down, (E4) has no gradient, and EDAC is SAC-N.
 
-Shapes: B batch, S observation, A action, K = N critics. d is terminated: a truncated episode bootstraps.
-Observations are raw, actions lie in [-1, 1]; the actor converts them to the environment's units.
+Shapes: B batch, S observation, A action, K = N critics. d is terminated: a truncated episode
+bootstraps. Observations are raw, actions lie in [-1, 1]; the actor converts them to the
+environment's units.
 
 Differences from the official code (snu-mllab/EDAC):
-  D1 Steps are taken one after the other, Q, π, α, targets, as in sac.py, which this file is but for (E3) to (E5) and N; the
-     official code builds all losses first.
-  D2 (E4) is over all N critics, as in the paper and in one state of the official code; another draws min(N, A) of them.
-  D3 Target critics start as copies, not as other random networks; PyTorch's default initialisation.
-  D4 No backup over ten actions, which only pen-cloned has. N and η of random and expert data are medium's: CORL, where the
-     others are from, has no files for these.
+  D1 The steps are taken one after the other, Q, π, α, targets, as in sac.py, from which this file
+     differs in (E3) to (E5) and N; the official code builds all losses first.
+  D2 (E4) is over all N critics, as in the paper and in one state of the official code; another
+     state draws min(N, A) of them.
+  D3 Target critics start as copies, not as other random networks; PyTorch's initialisation.
+  D4 No backup over ten actions, which only pen-cloned has. N and η of random and expert data are
+     medium's: CORL, the source of the others, has no files for these.
+
+Watch: q_policy stays below the data's discounted returns; if it runs away, N or η is too small.
+similarity falls far below N; near N the critics act as one.
 
 Run:     python algorithms/edac.py --env hopper-medium
          python algorithms/edac.py --env hopper-medium --diversity-weight 0 --num-critics 500
-Expect:  hopper-medium 6.2 (the data 44, BC 47 and 54), hopper-medium-replay 8.7 (the data 15, BC 18), after 16,000 updates with
-         --num-critics 10, a 190th of the default, seed 0, in half an hour on a core. It has only begun to learn: on the former
-         the mean Q of the data is 164, and their discounted returns 263; the critics' spread is 1.3 at π's actions and 0.8 at
-         the data's; and π is as far from the data (0.77, root mean square) as random actions are (0.82). But Q is not too high:
-         at the first observations min_k Q is 88, and π earns 107. SAC-N with the same N: 1.8 and 3.4, min_k Q 630 where π
-         earns 34. (On the latter 78 where EDAC's π earns 148, and 105 where SAC-N's earns 70.)
-         pendulum-medium-replay (the data −1148): −798 after 3,000 updates with --num-critics 5 --batch-size 64
-         --critic-lr 1e-3 --target-rate 0.02, seed 0 (one action dimension, so this is SAC-N); faster settings diverge.
+Expect:  a slow start: the default is 3M updates, and Q and π are far from settled after 20,000.
+         Scores and curves: results/README.md.
 """
 import copy
 import math
@@ -51,63 +50,74 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # lets this file find common.py
+from common import Batch, Dataset, Run, check_range, load_dataset, parse_args, record_on_cuda
+
 import torch
 import torch.nn.functional as F
-import tyro
 from torch import Tensor, nn
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # lets this file find common.py
-from common import Batch, Dataset, Run, check, load_dataset, record_on_cuda
 
 
 @dataclass
 class Args:
     # run
-    env: str = "hopper-medium"  # suite dataset, Minari id or path of a D4RL .hdf5 file
+    env: str = "hopper-medium"  # suite dataset, Minari id, or path of a .hdf5 or .npz file
     seed: int = 0  # of networks, batches and evaluation episodes
     steps: int = 3_000_000  # gradient updates [C]
-    batch_size: int = 256  # transitions per update [C sac.py]
     device: str = "auto"  # auto, cpu or cuda
+    threads: int = 0  # of the CPU; 0: one for light updates, up to four for heavy ones
     eval_every: int = 5_000  # updates between evaluations, and between checkpoints [=]
     eval_episodes: int = 10  # per evaluation [=]
     final_episodes: int = 100  # behind the final score [=]
+    eval_env: str = "auto"  # auto: as recorded; none: no evaluation; or a Gymnasium id
+    holdout: float = 0.0  # share of episodes kept from training, for fqe.py
     out: str = "runs"  # folder for results
-    resume: bool = False  # go on from the last checkpoint
+    resume: bool = False  # continue from the last checkpoint
     # optimisation
+    batch_size: int = 256  # transitions per update [C sac.py]
     actor_lr: float = 3e-4  # Adam, for π and α [C sac.py]
     critic_lr: float = 3e-4  # Adam [C sac.py]
     gamma: float = 0.99  # discount γ [C sac.py]
     target_rate: float = 0.005  # share of the new weights in (E8) [C sac.py]
     # EDAC
-    num_critics: int = 10  # N; TUNED has EDAC's. SAC-N's, to be given: 10, walker2d 20, hopper 200 to 500 [C CORL sac_n]
-    diversity_weight: float = 1.0  # η in (E5), 0 is SAC-N; suite datasets have their own in TUNED [C CORL configs/edac]
+    num_critics: int = 10  # N; SAC-N's: halfcheetah 10, walker2d 20, hopper 200-500 [C CORL sac_n]
+    diversity_weight: float = 1.0  # η in (E5), 0 is SAC-N [C CORL configs/edac]
 
 
-TUNED = {f"{body}-{level}": dict(num_critics=num, diversity_weight=weight if level == "medium-expert" else 1.0)
-         for body, num, weight in (("halfcheetah", 10, 5.0), ("walker2d", 10, 5.0), ("hopper", 50, 1.0))
-         for level in ("random", "medium", "medium-replay", "medium-expert", "expert")}  # [C CORL configs/edac] [D4]
+# N and η that CORL has for single datasets [C CORL configs/edac] [D4]
+TUNED = {
+    "halfcheetah-random": {"num_critics": 10, "diversity_weight": 1.0},
+    "halfcheetah-medium": {"num_critics": 10, "diversity_weight": 1.0},
+    "halfcheetah-medium-replay": {"num_critics": 10, "diversity_weight": 1.0},
+    "halfcheetah-medium-expert": {"num_critics": 10, "diversity_weight": 5.0},
+    "halfcheetah-expert": {"num_critics": 10, "diversity_weight": 1.0},
+    "hopper-random": {"num_critics": 50, "diversity_weight": 1.0},
+    "hopper-medium": {"num_critics": 50, "diversity_weight": 1.0},
+    "hopper-medium-replay": {"num_critics": 50, "diversity_weight": 1.0},
+    "hopper-medium-expert": {"num_critics": 50, "diversity_weight": 1.0},
+    "hopper-expert": {"num_critics": 50, "diversity_weight": 1.0},
+    "walker2d-random": {"num_critics": 10, "diversity_weight": 1.0},
+    "walker2d-medium": {"num_critics": 10, "diversity_weight": 1.0},
+    "walker2d-medium-replay": {"num_critics": 10, "diversity_weight": 1.0},
+    "walker2d-medium-expert": {"num_critics": 10, "diversity_weight": 5.0},
+    "walker2d-expert": {"num_critics": 10, "diversity_weight": 1.0},
+}
+
 HIDDEN = (256, 256, 256)  # widths of actor and critics [C]
-LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0  # [C]
-
-
-def parse_args() -> Args:
-    """The command line; what it leaves open is TUNED's for this dataset, said aloud, or else the default of Args."""
-    tuned = TUNED.get(tyro.cli(Args).env, {})
-    args = tyro.cli(Args, default=Args(**tuned))  # a tuned value is but another default: what the user sets stands
-    for name, value in tuned.items():
-        if getattr(args, name) == value:
-            print(f"tuned for {args.env}: --{name.replace('_', '-')} {value}")
-    return args
+LOG_STD_MIN = -5.0  # [C]
+LOG_STD_MAX = 2.0  # [C]
 
 
 def mlp(*widths: int) -> nn.Sequential:
     """Linear layers of these widths with ReLU between them."""
-    layers = [layer for i, o in zip(widths, widths[1:]) for layer in (nn.Linear(i, o), nn.ReLU())]
+    layers = []
+    for inputs, outputs in zip(widths, widths[1:]):
+        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 
 
 class Actor(nn.Module):
-    """Tanh-Gaussian π(a|s) on [-1, 1]^A. Its buffers hold the units, so a saved policy eats raw observations."""
+    """Tanh-Gaussian π(a|s) on [-1, 1]^A. Its buffers hold the environment's action units."""
 
     def __init__(self, obs_dim: int, action_dim: int):
         super().__init__()
@@ -126,17 +136,18 @@ class Actor(nn.Module):
 
     @torch.no_grad()
     def act(self, obs: Tensor) -> Tensor:
-        """Raw observations (B, S) to the environment's actions (B, A), without noise: tanh of the mean."""
-        return self.to_env(torch.tanh(self(obs)[0]))
+        """Raw observations (B, S) to the environment's actions (B, A): tanh(mean), no noise."""
+        mean, _ = self(obs)
+        return self.to_env(torch.tanh(mean))
 
 
 def sample_action(mean: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor]:
-    """(E1) actions (..., A) drawn with the reparameterisation trick, and their log-densities (...)."""
-    # (E1)
+    """(E1) actions (..., A), drawn with the reparameterisation trick, and their log π (...)."""
+    # (E1) the second term of log_prob is log(1 − tanh²u), in a form that does not overflow
     noise = torch.randn_like(mean)
     u = mean + log_std.exp() * noise
     log_normal = -0.5 * noise**2 - log_std - 0.5 * math.log(2 * math.pi)
-    log_prob = log_normal - 2 * (math.log(2) - u - F.softplus(-2 * u))  # log(1 − tanh²u) without overflow
+    log_prob = log_normal - 2 * (math.log(2) - u - F.softplus(-2 * u))
     return torch.tanh(u), log_prob.sum(-1)
 
 
@@ -159,64 +170,75 @@ class Critic(nn.Module):
     def __init__(self, obs_dim: int, action_dim: int, num: int = 2):
         super().__init__()
         widths = (obs_dim + action_dim, *HIDDEN, 1)
-        self.layers = nn.ModuleList(EnsembleLinear(num, i, o) for i, o in zip(widths, widths[1:]))
+        self.layers = nn.ModuleList()
+        for inputs, outputs in zip(widths, widths[1:]):
+            self.layers.append(EnsembleLinear(num, inputs, outputs))
 
     def forward(self, obs: Tensor, action: Tensor) -> Tensor:
-        x = torch.cat([obs, action], dim=-1).expand(len(self.layers[0].weight), -1, -1)  # (K, B, S + A)
+        num = len(self.layers[0].weight)
+        x = torch.cat([obs, action], dim=-1).expand(num, -1, -1)  # (K, B, S + A)
         for layer in self.layers[:-1]:
             x = F.relu(layer(x))
         return self.layers[-1](x).squeeze(-1)
 
 
 @torch.no_grad()
-def soft_td_target(actor: Actor, critic_target: Critic, entropy_coef: Tensor, batch: Batch, gamma: float) -> Tensor:
+def soft_td_target(actor: Actor, critic_target: Critic, entropy_coef: Tensor, batch: Batch,
+                   gamma: float) -> Tensor:
     """(E2): the regression target y, (B,)."""
-    # (E2) the minimum is over all N: the more critics disagree about an action, the less it is worth
+    # (E2) the minimum is over all N: the more the critics disagree, the lower the target
     next_action, next_log_prob = sample_action(*actor(batch.next_obs))
     next_q = critic_target(batch.next_obs, next_action).min(dim=0).values
-    return batch.reward + gamma * (1 - batch.terminated) * (next_q - entropy_coef * next_log_prob)
+    soft_value = next_q - entropy_coef * next_log_prob
+    return batch.reward + gamma * (1 - batch.terminated) * soft_value
 
 
 def gradient_similarity(q: Tensor, action: Tensor) -> Tensor:
     """(E3), (E4), from the (K, B) values of critic k at its own copy of the action, (K, B, A)."""
-    # (E3) create_graph, as the slopes themselves are to be trained: without it (E4) would train nothing
-    slope = torch.autograd.grad(q.sum(), action, create_graph=True)[0]  # (K, B, A); q_k sees no other critic's copy
+    # (E3) create_graph: the slopes themselves are to be trained. q_k depends on no other copy
+    slope = torch.autograd.grad(q.sum(), action, create_graph=True)[0]  # (K, B, A)
     slope = slope / (slope.norm(dim=-1, keepdim=True) + 1e-10)
     # (E4) all pairs at once: Σ_{i≠j} ⟨g_i, g_j⟩ = ‖Σ_i g_i‖² − Σ_i ‖g_i‖²
     pairs = slope.sum(dim=0).pow(2).sum(dim=-1) - slope.pow(2).sum(dim=(0, 2))  # (B,)
     return pairs.mean() / (len(q) - 1)
 
 
-def critic_loss(critic: Critic, batch: Batch, y: Tensor, diversity_weight: float) -> tuple[Tensor, dict[str, Tensor]]:
-    """(E5); also, to be watched, the mean Q of the data's actions, their spread over critics, and the similarity."""
-    action = batch.action.detach().requires_grad_().expand(len(critic.layers[0].weight), -1, -1)  # (K, B, A), one per critic
-    q = critic(batch.obs.expand(len(action), -1, -1), action)  # (K, B)
+def critic_loss(critic: Critic, batch: Batch, y: Tensor, num_critics: int,
+                diversity_weight: float) -> tuple[Tensor, dict[str, Tensor]]:
+    """(E5); also the mean Q of the data's actions, its spread over critics, and the similarity."""
+    # one copy of the action per critic, so that (E3) can tell their slopes apart
+    action = batch.action.detach().requires_grad_().expand(num_critics, -1, -1)  # (K, B, A)
+    q = critic(batch.obs.expand(num_critics, -1, -1), action)  # (K, B)
     assert y.shape == q.shape[1:], "a target (B, 1) would broadcast to (K, B, B), and train"
-    metrics = {"q_data": q.detach().mean(), "q_spread": q.detach().std(dim=0, correction=0).mean()}
+    q_spread = q.detach().std(dim=0, correction=0).mean()
+    metrics = {"q_data": q.detach().mean(), "q_spread": q_spread}
     # (E5) a sum over critics: with their mean, η would have to be divided by N
     loss = (q - y).pow(2).mean(dim=1).sum()
     if diversity_weight:
         similarity = gradient_similarity(q, action)
-        loss, metrics["similarity"] = loss + diversity_weight * similarity, similarity.detach()
+        loss = loss + diversity_weight * similarity
+        metrics["similarity"] = similarity.detach()
     return loss, metrics
 
 
-def actor_loss(actor: Actor, critic: Critic, entropy_coef: Tensor, obs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def actor_loss(actor: Actor, critic: Critic, entropy_coef: Tensor,
+               obs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(E6); also log π (B,), which (E7) needs, and the mean Q of the policy's actions."""
     action, log_prob = sample_action(*actor(obs))
     q = critic(obs, action)  # (K, B)
     # (E6)
-    return (entropy_coef * log_prob - q.min(dim=0).values).mean(), log_prob.detach(), q.detach().mean()
+    loss = (entropy_coef * log_prob - q.min(dim=0).values).mean()
+    return loss, log_prob.detach(), q.detach().mean()
 
 
 def entropy_coef_loss(log_entropy_coef: Tensor, log_prob: Tensor, target_entropy: float) -> Tensor:
-    """(E7): α grows while the policy's entropy is below its target."""
-    # (E7)
+    """(E7): the loss of the entropy coefficient α; log_prob carries no gradient."""
+    # (E7) E[−log π] is the entropy: α grows while it is below its target
     return -(log_entropy_coef * (log_prob + target_entropy)).mean()
 
 
 def descend(loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
-    """One gradient step on the optimizer's own parameters; for no others is a gradient computed."""
+    """One gradient step on the optimizer's own parameters; no others get a gradient."""
     optimizer.zero_grad()
     loss.backward(inputs=optimizer.param_groups[0]["params"])
     optimizer.step()
@@ -228,51 +250,57 @@ def polyak_update(target: nn.Module, online: nn.Module, rate: float) -> None:
     torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), rate)
 
 
-def update(args: Args, data: Dataset, actor: Actor, critic: Critic, critic_target: Critic, log_entropy_coef: Tensor,
-           actor_optimizer, critic_optimizer, entropy_optimizer) -> dict[str, Tensor]:
+def update(args: Args, data: Dataset, actor: Actor, critic: Critic, critic_target: Critic,
+           log_entropy_coef: Tensor, actor_optimizer, critic_optimizer,
+           entropy_optimizer) -> dict[str, Tensor]:
     """One step of EDAC: Q, π, α, targets."""
     batch = data.sample(args.batch_size)
     entropy_coef = log_entropy_coef.detach().exp()
 
     y = soft_td_target(actor, critic_target, entropy_coef, batch, args.gamma)
-    q_loss, metrics = critic_loss(critic, batch, y, args.diversity_weight)
+    q_loss, metrics = critic_loss(critic, batch, y, args.num_critics, args.diversity_weight)
     descend(q_loss, critic_optimizer)
 
     pi_loss, log_prob, q_policy = actor_loss(actor, critic, entropy_coef, batch.obs)
     descend(pi_loss, actor_optimizer)
 
-    descend(entropy_coef_loss(log_entropy_coef, log_prob, -data.action_dim), entropy_optimizer)
+    alpha_loss = entropy_coef_loss(log_entropy_coef, log_prob, -data.action_dim)
+    descend(alpha_loss, entropy_optimizer)
 
     # (E8)
     polyak_update(critic_target, critic, args.target_rate)
-    return metrics | {"critic_loss": q_loss.detach(), "q_policy": q_policy, "entropy": -log_prob.mean(),
-                      "entropy_coef": entropy_coef}
+    return metrics | {"critic_loss": q_loss.detach(), "q_policy": q_policy,
+                      "entropy": -log_prob.mean(), "entropy_coef": entropy_coef}
 
 
 def train(args: Args) -> None:
-    check(args.num_critics > (args.diversity_weight != 0), "--num-critics must be at least 2, or 1 with --diversity-weight 0")
-    data = load_dataset(args.env, args.device)
-    run = Run(args, data, variant="" if args.diversity_weight else "-sac-n")
+    check_range(args, "batch_size", 1)
+    check_range(args, "num_critics", 2 if args.diversity_weight else 1)  # a pair takes two
+    check_range(args, "actor_lr critic_lr diversity_weight", 0)
+    check_range(args, "gamma target_rate", 0, 1)
+    data = load_dataset(args.env, args.device, eval_env=args.eval_env, holdout=args.holdout)
+    run = Run(args, data, variant="" if args.diversity_weight else "-sac-n", gflop=6.5)
+
     actor = Actor(data.obs_dim, data.action_dim).to(data.device)
     actor.action_mid, actor.action_half = data.action_mid, data.action_half
     critic = Critic(data.obs_dim, data.action_dim, args.num_critics).to(data.device)
-    critic_target = copy.deepcopy(critic)
     log_entropy_coef = torch.zeros((), device=data.device, requires_grad=True)
-
     adam = partial(torch.optim.Adam, fused=True, capturable=data.device.type == "cuda")
-    actor_optimizer = adam(actor.parameters(), lr=args.actor_lr)
-    critic_optimizer = adam(critic.parameters(), lr=args.critic_lr)
-    entropy_optimizer = adam([log_entropy_coef], lr=args.actor_lr)
-    start = run.resume(actor=actor, critic=critic, critic_target=critic_target, log_entropy_coef=log_entropy_coef,
-                       actor_optimizer=actor_optimizer, critic_optimizer=critic_optimizer,
-                       entropy_optimizer=entropy_optimizer)
-    one_update = record_on_cuda(partial(update, args, data, actor, critic, critic_target, log_entropy_coef,
-                                        actor_optimizer, critic_optimizer, entropy_optimizer), data.device)
+    learned = {
+        "actor": actor,
+        "critic": critic,
+        "critic_target": copy.deepcopy(critic),
+        "log_entropy_coef": log_entropy_coef,
+        "actor_optimizer": adam(actor.parameters(), lr=args.actor_lr),
+        "critic_optimizer": adam(critic.parameters(), lr=args.critic_lr),
+        "entropy_optimizer": adam([log_entropy_coef], lr=args.actor_lr),
+    }
+    start = run.begin(learned, actor)
+    one_update = record_on_cuda(partial(update, args, data, **learned), data.device)
     for step in range(start + 1, args.steps + 1):
-        metrics = one_update()
-        run.step(step, metrics, actor.act)
-    run.finish(actor)
+        run.step(step, one_update())
+    run.finish()
 
 
 if __name__ == "__main__":
-    train(parse_args())
+    train(parse_args(Args, TUNED))

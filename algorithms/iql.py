@@ -1,13 +1,20 @@
-"""Implicit Q-Learning: never ask about an action that the data lack.
+"""Implicit Q-learning (IQL): no action outside the data is ever evaluated.
 
-Kostrikov, Nair & Levine, "Offline Reinforcement Learning with Implicit Q-Learning", ICLR 2022, arXiv 2110.06169.
-Notes: Policy Constraints (软约束); beyond the notes' own list. Their BCQ backs up the best action seen in the data; IQL does
-so without a model of what was seen.
+Kostrikov, Nair & Levine, "Offline Reinforcement Learning with Implicit Q-Learning", ICLR 2022,
+arXiv 2110.06169.
+Notes: Policy Constraints (软约束). Beyond the notes: their BCQ backs up the best action in the
+data; IQL does so without a model of the data's policy.
 
-One of four files, iql.py, awac.py, crr.py and awr.py, that all clone the data's actions by weight: read them side by side
-for how each estimates the advantage of an action, and how it turns that into a weight. IQL learns a V that leans towards
-the better of the data's actions: an expectile of Q, between the mean (τ = ½) and the maximum (τ → 1). Q bootstraps from that
-V, so no policy takes part in learning values, and no Q is asked about an action from elsewhere.
+IQL learns V(s) as an expectile of Q over the data's actions: τ = ½ gives their mean, and τ → 1 the
+value of the best of them. Q bootstraps from V, so the policy takes no part in learning values. The
+policy clones the data's actions, weighted by their advantage.
+
+One of four siblings that clone the data's actions a, each with a weight w (ã are actions of π):
+        advantage Â               unit of Â            weight w            cap  critic
+  iql   Q̄(s, a) − V(s)            return range / 1000  exp(β Â)            100  V, then Q from V
+  awac  Q(s, a) − Q(s, ã)         reward               softmax over batch  B    Q of π
+  crr   Q(s, a) − mean Q(s, ã_j)  reward               exp(Â/β) or 1[Â>0]  20   Q of π, with norms
+  awr   R − V(s)                  its std over data    exp(Â/β)            20   V of the data
 
   (E1) r ← 1000 r / (largest − smallest return of the data's episodes), once
   (E2) q = min_k Q̄_k(s, a)
@@ -18,21 +25,22 @@ V, so no policy takes part in learning values, and no Q is asked about an action
   (E7) y = r + γ (1 − d) V(s′), with the new V
   (E8) L_Q = Σ_k E_D[ (Q_k(s, a) − y)² ]
   (E9) Q̄ ← Q̄ + rate · (Q − Q̄)
+  (E10) the actor's learning rate in update t = 0 … T − 1 of all T:  ½ (1 + cos(π t / T)) · actor_lr
 
-Shapes: B batch, S observation, A action, K = 2 critics. d is terminated: a truncated episode bootstraps.
-Observations are raw, actions lie in [-1, 1]; the actor converts them to the environment's units.
+Shapes: B batch, S observation, A action, K = 2 critics. d is terminated: a truncated episode
+bootstraps. Observations are raw, actions lie in [-1, 1]; the actor converts them.
 
 Differences from the paper and its official code (ikostrikov/implicit_q_learning):
-  D1 PyTorch's default initialisation in place of orthogonal matrices times √2, as in the other files here.
-  D2 (E1) holds for every dataset; officially for locomotion, and in AntMaze 1 is subtracted from each reward instead.
+  D1 PyTorch's default initialisation, as in the other files; officially orthogonal, times √2.
+  D2 (E1) holds for every dataset; officially for locomotion (AntMaze: 1 is subtracted from r).
   D3 The data's actions are not clipped to ±(1 − 10⁻⁵): nothing here takes their arctanh.
 
+Watch: effective_share falls from 1 to about 0.1 and stays there. Near 1 the policy is a clone, as
+with β = 0: raise --beta. Near 1/B one action gets all the weight: lower it. q_data levels off.
+
 Run:     python algorithms/iql.py --env hopper-medium
-Expect:  hopper-medium 66.6 (the data 44, BC 47 and 54), hopper-medium-replay 39.3 (the data 15, BC 18), after 100,000 updates,
-         seed 0; its paper has 66 and 95 after 1M. Evaluations on hopper-medium swing between 20 and 83: results/curves/.
-         pendulum-random (the data −1218): −163 and −214 after 6,000 updates, seeds 0 and 2, otherwise as its test.
-         pendulum-medium-replay (the data −1148): from −503 to −1409, by seed and setting: no reliable gain. Seed 2's policy
-         spins the pendulum at full speed for ever; 743 of these 20,000 rows are that fast, 2,105 of pendulum-random's.
+Expect:  above a clone after 100,000 updates, most clearly on mixed data, with evaluations that
+         swing until the learning rate is small. Scores and curves: results/README.md.
 """
 import copy
 import math
@@ -41,36 +49,39 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # lets this file find common.py
+from common import Batch, Dataset, Run, check_range, fail, load_dataset, notice, record_on_cuda
+
 import torch
 import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # lets this file find common.py
-from common import Batch, Dataset, Run, check, load_dataset, record_on_cuda
-
 
 @dataclass
 class Args:
     # run
-    env: str = "hopper-medium"  # suite dataset, Minari id or path of a D4RL .hdf5 file
+    env: str = "hopper-medium"  # suite dataset, Minari id, or path of a .hdf5 or .npz file
     seed: int = 0  # of networks, batches and evaluation episodes
-    steps: int = 1_000_000  # gradient updates [C train_offline.py]
-    batch_size: int = 256  # transitions per update [C train_offline.py]
+    steps: int = 1_000_000  # gradient updates; (E10) is stretched over them [C train_offline.py]
     device: str = "auto"  # auto, cpu or cuda
+    threads: int = 0  # of the CPU; 0: one for light updates, up to four for heavy ones
     eval_every: int = 5_000  # updates between evaluations, and between checkpoints [=]
     eval_episodes: int = 10  # per evaluation [=]
     final_episodes: int = 100  # behind the final score [=]
+    eval_env: str = "auto"  # auto: as recorded; none: no evaluation; or a Gymnasium id
+    holdout: float = 0.0  # share of episodes kept from training, for fqe.py
     out: str = "runs"  # folder for results
-    resume: bool = False  # go on from the last checkpoint
+    resume: bool = False  # continue from the last checkpoint
     # optimisation
-    actor_lr: float = 3e-4  # Adam; falls to 0 along half a cosine over all steps [C learner.py]
+    batch_size: int = 256  # transitions per update [C train_offline.py]
+    actor_lr: float = 3e-4  # Adam; falls to 0 by (E10) [C learner.py]
     critic_lr: float = 3e-4  # Adam, for Q and V, constant [C learner.py]
     gamma: float = 0.99  # discount γ [C learner.py]
     target_rate: float = 0.005  # share of the new weights in (E9) [C learner.py]
     # IQL
-    expectile: float = 0.7  # τ in (E3): 0.5 values the data's behaviour, towards 1 its best [C mujoco_config.py]
-    beta: float = 3.0  # β in (E5) multiplies Â here (in the other three files it divides); 0 clones [C mujoco_config.py]
+    expectile: float = 0.7  # τ in (E3): 0.5 mean, towards 1 best of the data [C mujoco_config.py]
+    beta: float = 3.0  # β in (E5): multiplies Â, the siblings' divide [C mujoco_config.py]
     max_weight: float = 100.0  # w_max in (E5) [C actor.py]
 
 
@@ -80,12 +91,14 @@ LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0  # [C policy.py]
 
 def mlp(*widths: int) -> nn.Sequential:
     """Linear layers of these widths with ReLU between them."""
-    layers = [layer for i, o in zip(widths, widths[1:]) for layer in (nn.Linear(i, o), nn.ReLU())]
+    layers = []
+    for inputs, outputs in zip(widths, widths[1:]):
+        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 
 
 class Actor(nn.Module):
-    """Gaussian π(a|s) around tanh of a network. Its buffers hold the units, so a saved policy eats raw observations."""
+    """Gaussian π(a|s) around tanh of a network. Its buffers hold the action's units."""
 
     def __init__(self, obs_dim: int, action_dim: int):
         super().__init__()
@@ -101,12 +114,16 @@ class Actor(nn.Module):
 
     @torch.no_grad()
     def act(self, obs: Tensor) -> Tensor:
-        """Raw observations (B, S) to the environment's actions (B, A), without noise: the mean."""
-        return self.action_mid + self.action_half * self(obs)[0]
+        """Raw observations (B, S) to the environment's own actions (B, A): the mean."""
+        mean, _ = self(obs)
+        return self.action_mid + self.action_half * mean
 
 
 def gaussian_log_prob(mean: Tensor, log_std: Tensor, action: Tensor) -> Tensor:
-    """log N(a; μ, σ²), (B, A) -> (B,). No tanh follows the sample, so no Jacobian: it is finite at |a| = 1, too."""
+    """log N(a; μ, σ²), (B, A) -> (B,).
+
+    The sample is not squashed by tanh, so there is no Jacobian, and |a| = 1 has a finite density.
+    """
     z = (action - mean) / log_std.exp()
     return (-0.5 * z**2 - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
 
@@ -130,10 +147,13 @@ class Critic(nn.Module):
     def __init__(self, obs_dim: int, action_dim: int, num: int = 2):
         super().__init__()
         widths = (obs_dim + action_dim, *HIDDEN, 1)
-        self.layers = nn.ModuleList(EnsembleLinear(num, i, o) for i, o in zip(widths, widths[1:]))
+        self.layers = nn.ModuleList()
+        for inputs, outputs in zip(widths, widths[1:]):
+            self.layers.append(EnsembleLinear(num, inputs, outputs))
 
     def forward(self, obs: Tensor, action: Tensor) -> Tensor:
-        x = torch.cat([obs, action], dim=-1).expand(len(self.layers[0].weight), -1, -1)  # (K, B, S + A)
+        num = len(self.layers[0].weight)
+        x = torch.cat([obs, action], dim=-1).expand(num, -1, -1)  # (K, B, S + A)
         for layer in self.layers[:-1]:
             x = F.relu(layer(x))
         return self.layers[-1](x).squeeze(-1)
@@ -151,25 +171,28 @@ class Value(nn.Module):
 
 
 def scale_rewards(data: Dataset) -> None:
-    """(E1) in place."""
+    """(E1), in place."""
     returns = data.returns()
-    check(returns.max() > returns.min(), f"all episodes of {data.name} have the same return, so its rewards have no scale")
-    # (E1)
-    data.columns(data.packed).reward.mul_(1000 / (returns.max() - returns.min()))
+    spread = returns.max() - returns.min()
+    if spread <= 1e-6 * abs(returns).max():  # equal but for rounding
+        notice(f"all episodes of {data.name} have the same return; its rewards are not scaled")
+        return
+    # (E1) any unit of reward gives the same data, so β means the same for all
+    data.reward = data.reward * (1000 / spread)
 
 
 @torch.no_grad()
 def min_q(critic_target: Critic, batch: Batch) -> Tensor:
-    """(E2): the target critics' smaller value of the data's own action, (B,)."""
+    """(E2): the smaller of the target critics' values of the data's action, (B,)."""
     # (E2)
     return critic_target(batch.obs, batch.action).min(dim=0).values
 
 
 def value_loss(value: Value, batch: Batch, q: Tensor, expectile: float) -> Tensor:
-    """(E3): with τ > ½ it costs more to lie below q than above it, so V settles near the better actions."""
+    """(E3): squared errors, with weight τ where V is below q and 1 − τ where it is above."""
     v = value(batch.obs)
     assert q.shape == v.shape, "a target (B, 1) would broadcast to (B, B), and train"
-    # (E3)
+    # (E3) with τ > ½ a V below q costs more, so V settles near the better actions
     return ((expectile - (q <= v).to(v.dtype)).abs() * (q - v).pow(2)).mean()
 
 
@@ -180,19 +203,19 @@ def advantage(value: Value, batch: Batch, q: Tensor) -> Tensor:
     return q - value(batch.obs)
 
 
-def weights(advantage: Tensor, beta: float, max_weight: float) -> Tensor:
+def weights(adv: Tensor, beta: float, max_weight: float) -> Tensor:
     """(E5): advantages (B,) to the weights (B,) of their actions."""
     # (E5)
-    return (beta * advantage).exp().clamp(max=max_weight)
+    return (beta * adv).exp().clamp(max=max_weight)
 
 
 def effective_share(weight: Tensor) -> Tensor:
-    """(Σw)² / (B Σw²): 1 where all actions count alike, as in cloning; 1/B where a single one does."""
+    """(Σw)² / (B Σw²): 1 where all actions count alike, as in cloning; 1/B where one does."""
     return weight.sum() ** 2 / (len(weight) * weight.square().sum()).clamp(min=1e-8)
 
 
 def actor_loss(actor: Actor, batch: Batch, weight: Tensor) -> Tensor:
-    """(E6): cloning, of each action as much as it is worth."""
+    """(E6): cloning of the data's actions, each with its weight."""
     log_prob = gaussian_log_prob(*actor(batch.obs), batch.action)
     assert weight.shape == log_prob.shape, "a weight (B, 1) would broadcast to (B, B), and train"
     # (E6)
@@ -202,7 +225,7 @@ def actor_loss(actor: Actor, batch: Batch, weight: Tensor) -> Tensor:
 @torch.no_grad()
 def td_target(value: Value, batch: Batch, gamma: float) -> Tensor:
     """(E7): the regression target y, (B,)."""
-    # (E7) no action at s′ at all; only a termination stops the bootstrap
+    # (E7) there is no action at s′ at all; only a termination stops the bootstrap
     return batch.reward + gamma * (1 - batch.terminated) * value(batch.next_obs)
 
 
@@ -215,7 +238,7 @@ def critic_loss(critic: Critic, batch: Batch, y: Tensor) -> tuple[Tensor, Tensor
 
 
 def descend(loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
-    """One gradient step on the optimizer's own parameters; for no others is a gradient computed."""
+    """One gradient step on the optimizer's own parameters; no others get a gradient."""
     optimizer.zero_grad()
     loss.backward(inputs=optimizer.param_groups[0]["params"])
     optimizer.step()
@@ -227,9 +250,9 @@ def polyak_update(target: nn.Module, online: nn.Module, rate: float) -> None:
     torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), rate)
 
 
-def update(args: Args, data: Dataset, actor: Actor, critic: Critic, critic_target: Critic, value: Value,
-           actor_optimizer, critic_optimizer, value_optimizer) -> dict[str, Tensor]:
-    """One step of IQL: V, then with the new V π and Q, targets."""
+def update(args: Args, data: Dataset, actor: Actor, critic: Critic, critic_target: Critic,
+           value: Value, actor_optimizer, critic_optimizer, value_optimizer) -> dict[str, Tensor]:
+    """One step of IQL: V; then, with the new V, the actor and Q; then the target."""
     batch = data.sample(args.batch_size)
 
     q = min_q(critic_target, batch)
@@ -246,34 +269,48 @@ def update(args: Args, data: Dataset, actor: Actor, critic: Critic, critic_targe
 
     # (E9)
     polyak_update(critic_target, critic, args.target_rate)
-    return {"value_loss": v_loss.detach(), "actor_loss": pi_loss.detach(), "critic_loss": q_loss.detach(), "q_data": q_data,
+    return {"value_loss": v_loss.detach(), "actor_loss": pi_loss.detach(),
+            "critic_loss": q_loss.detach(), "q_data": q_data,
             "effective_share": effective_share(weight)}
 
 
+def actor_rate(args: Args, step: int) -> float:
+    """(E10): the actor's learning rate in update `step`, counted from 1."""
+    # (E10) warning: the cosine ends at --steps, so 100,000 updates are not the start of a million
+    return 0.5 * (1 + math.cos(math.pi * (step - 1) / args.steps)) * args.actor_lr
+
+
 def train(args: Args) -> None:
-    check(0 < args.expectile < 1, f"--expectile must be between 0 and 1, not {args.expectile}")
-    data = load_dataset(args.env, args.device)
-    run = Run(args, data)
+    check_range(args, "batch_size", 1)
+    check_range(args, "actor_lr critic_lr beta max_weight", 0)
+    check_range(args, "gamma target_rate", 0, 1)
+    if not 0 < args.expectile < 1:
+        fail(f"--expectile must be between 0 and 1, not {args.expectile}")
+    data = load_dataset(args.env, args.device, eval_env=args.eval_env, holdout=args.holdout)
+    run = Run(args, data, gflop=0.559)
     scale_rewards(data)
+
     actor = Actor(data.obs_dim, data.action_dim).to(data.device)
     actor.action_mid, actor.action_half = data.action_mid, data.action_half
     critic = Critic(data.obs_dim, data.action_dim).to(data.device)
-    critic_target = copy.deepcopy(critic)
     value = Value(data.obs_dim).to(data.device)
-
     adam = partial(torch.optim.Adam, fused=True, capturable=data.device.type == "cuda")
-    actor_optimizer = adam(actor.parameters(), lr=torch.tensor(args.actor_lr, device=data.device))  # a tensor: it changes
-    critic_optimizer = adam(critic.parameters(), lr=args.critic_lr)
-    value_optimizer = adam(value.parameters(), lr=args.critic_lr)
-    start = run.resume(actor=actor, critic=critic, critic_target=critic_target, value=value, actor_optimizer=actor_optimizer,
-                       critic_optimizer=critic_optimizer, value_optimizer=value_optimizer)
-    one_update = record_on_cuda(partial(update, args, data, actor, critic, critic_target, value,
-                                        actor_optimizer, critic_optimizer, value_optimizer), data.device)
+    changing_lr = torch.tensor(args.actor_lr, device=data.device)  # a tensor, for CUDA graphs
+    learned = {
+        "actor": actor,
+        "critic": critic,
+        "critic_target": copy.deepcopy(critic),
+        "value": value,
+        "actor_optimizer": adam(actor.parameters(), lr=changing_lr),
+        "critic_optimizer": adam(critic.parameters(), lr=args.critic_lr),
+        "value_optimizer": adam(value.parameters(), lr=args.critic_lr),
+    }
+    start = run.begin(learned, actor)
+    one_update = record_on_cuda(partial(update, args, data, **learned), data.device)
     for step in range(start + 1, args.steps + 1):
-        actor_optimizer.param_groups[0]["lr"].fill_(args.actor_lr * (1 + math.cos(math.pi * (step - 1) / args.steps)) / 2)
-        metrics = one_update()
-        run.step(step, metrics, actor.act)
-    run.finish(actor)
+        learned["actor_optimizer"].param_groups[0]["lr"].fill_(actor_rate(args, step))
+        run.step(step, one_update())
+    run.finish()
 
 
 if __name__ == "__main__":

@@ -1,47 +1,58 @@
-"""MOReL: SAC in a learned model of the environment that comes to a halt where its networks disagree.
+"""MOReL: SAC in a learned model that halts where its networks disagree.
 
-Kidambi, Rajeswaran, Netrapalli & Joachims, "MOReL: Model-Based Offline Reinforcement Learning", NeurIPS 2020, arXiv 2005.05951.
-Notes: Model-Based Offline RL › MOReL. (They write r̃ = r − λu, a soft fine like MOPO's; the paper draws a hard line, (E6).)
+Kidambi, Rajeswaran, Netrapalli & Joachims, "MOReL: Model-Based Offline Reinforcement Learning",
+NeurIPS 2020, arXiv 2005.05951.
+Notes: Model-Based Offline RL › MOReL. They print a soft penalty, r̃ = r − λ u(s, a), with disc for
+u; the paper has a hard boundary, HALT. Both are here: --penalty soft (E7), --penalty halt (E6).
 
-Where several networks fitted to the same data agree, the data have shown what happens; where they disagree, nobody knows. MOReL
-calls pairs (s, a) unknown where the disagreement is over a threshold; there its MDP goes to a state HALT, never left, that pays
-−κ per step, so what a policy earns bounds its real return from below. mopo.py fines, morel.py halts, combo.py pushes Q down.
+Where networks fitted to the same data agree, the data have shown what happens; where they disagree,
+it is unknown. In MOReL's MDP an unknown pair (s, a) leads to a state HALT, which is never left and
+pays −κ per step: what a policy earns there bounds its real return from below. The soft form has no
+threshold: a policy may cross what is unknown, at a price.
+
+  siblings  learned              penalty                           acts on
+  mopo.py   7 Gaussian networks  λ · largest standard deviation    reward of an imagined step
+  morel.py  4 networks           −κ/(1−γ) where they disagree      reward and end of a rollout
+  combo.py  as mopo.py           β · (Q imagined − Q of the data)  loss of Q
 
   (E1) f_m(s, a) = μ_y + σ_y · MLP_m( [s, a] standardised ),  of y = [s′ − s, r]
-  (E2) L_model = Σ_m mean[ ( (f_m − y) / σ_y )² ],  m = 1…4, of different initial weights and orders of the same rows
+  (E2) L_model = Σ_m mean[ ( (f_m − y) / σ_y )² ],  m = 1…4: other initial weights, other row order
   (E3) disc(s, a) = max_{i,j} ‖f_i(s, a) − f_j(s, a)‖₂,  of the next state alone
-  (E4) unknown(s, a):  disc(s, a) > mean_D disc + β std_D disc
-  (E5) [ŝ′ − s, r̂] = f_m(s, a),  d̂ = 1 where the body falls at ŝ′ by its own rule,  m one network for a whole rollout
-  (E6) unknown:  r̃ = V(HALT) = −κ / (1 − γ),  d̂ = 1,  κ = max_D |r|;  else r̃ = r̂
-  (E7) ã = tanh(u), u = μ(s) + σ(s)·ε,  log π(ã|s) = Σ_i [ log N(u_i; μ_i, σ_i) − 2(log 2 − u_i − softplus(−2u_i)) ]
-  (E8) y = r + γ (1 − d) ( min_k Q̄_k(s′, ã′) − α log π(ã′|s′) ),  ã′ ~ π(·|s′),  over 5% real and 95% imagined steps
-  (E9) L_Q = Σ_k E[ (Q_k(s, a) − y)² ]
-  (E10) L_π = E[ α log π(ã|s) − min_k Q_k(s, ã) ],  (E11) L_α = E[ −log α · (log π(ã|s) + H̄) ],  ã ~ π(·|s), H̄ = −dim(A)
-  (E12) Q̄ ← Q̄ + rate · (Q − Q̄)
+  (E4) [ŝ′ − s, r̂] = f_m(s, a),  m one network for a whole rollout,  d̂ = 1 where the body falls
+  (E5) unknown(s, a):  disc(s, a) > mean_D disc + β std_D disc
+  (E6) halt:  where unknown  r̃ = V(HALT) = −κ / (1 − γ),  d̂ = 1,  κ = max_D |r|;  else  r̃ = r̂
+  (E7) soft:  r̃ = r̂ − λ disc(s, a)
+  (E8) ã = tanh(u), u ~ N(μ(s), σ²(s)),  log π(ã|s) = Σ_i [ log N(u_i; μ, σ²) − log(1 − ã_i²) ]
+  (E9) y = r + γ (1 − d) ( min_k Q̄_k(s′, ã′) − α log π(ã′|s′) ),  ã′ ~ π(·|s′)
+  (E10) L_Q = Σ_k E[ (Q_k(s, a) − y)² ],  over 5% real and 95% imagined steps
+  (E11) L_π = E[ α log π(ã|s) − min_k Q_k(s, ã) ],  ã ~ π(·|s)
+  (E12) L_α = E[ −log α · (log π(ã|s) + H̄) ],  H̄ = −dim(A)
+  (E13) Q̄ ← Q̄ + rate · (Q − Q̄)
 
-Shapes: B batch, S observation, A action, M = 4 networks of the model, K = 2 critics. d is terminated: a truncated episode
-bootstraps. Observations are raw, actions lie in [-1, 1]; the actor converts them to the environment's units.
+Shapes: B batch, S observation, A action, M = 4 networks of the model, K = 2 critics. d is
+terminated: a truncated episode bootstraps. Observations are raw, actions lie in [-1, 1].
 
 Differences from the paper and the official code (aravindr93/mjrl, branch v2):
-  D1 The planner is SAC [as in unifloral], there natural policy gradient after cloning, γ = 0.999. So rollouts are many, short,
-     and from all states of the data, there 400–500 steps from the first ones. 5% of a batch is real.
-  D2 HALT pays for ever, as the paper defines it; its experiments stop a path with one reward, the data's least minus 30 to 200,
-     and its code adds 0. With κ from the data nothing is worth less than HALT, where one −65 beats most of pendulum's returns.
-  D3 An unknown pair itself earns −κ as well [experiments], not r [definition]: its r̂ is as unknown as its ŝ′.
-  D4 The reward is learnt; the paper's is known, which is easier [mjrl issue 42].
-  D5 β is 5 for all; the paper tries steps of 5 in the real environment, the code has a third of the largest disc.
-  D6 25 epochs at 1e-3 [code, hopper-medium], there 300 (halfcheetah 3000) at 5e-4; 512 units for halfcheetah too, there 1024.
-  D7 disc is in the observation's units, σ_y a standard deviation [paper]; the code scales speeds by 0.02, by mean deviations.
-  D8 Bodies are Gymnasium's; there the speed of the centre of mass is observed too, and hopper's bounds are narrower.
+  D1 The planner is SAC [as in unifloral], there natural policy gradient after cloning, γ = 0.999.
+     Rollouts are short, from all states of the data, there 400–500 steps from the first ones. Few
+     pairs within 5 steps of the data are unknown, many after 10: the horizon, not the threshold,
+     makes the pessimism weak here.
+  D2 HALT pays for ever, as the paper defines it; its experiments end a path with one reward, the
+     data's least minus 30 to 200, and its code adds 0. No return in the data is below V(HALT).
+  D3 An unknown pair itself earns −κ as well [experiments], not r [definition].
+  D4 The reward is learned; the paper's is known, which is easier [mjrl issue 42].
+  D5 β is 5 for all; the paper tries steps of 5 in the real environment, the code has a third of the
+     largest disc. One step from the data, the two find equally few unknown pairs.
+  D6 25 epochs at 1e-3 [code], there 300 to 3000 at 5e-4; 512 units, there 1024 for halfcheetah.
+  D7 disc is in the observation's units [paper]; the code multiplies speeds by 0.02.
+  D8 Bodies are Gymnasium's; there the centre of mass's speed is observed, hopper's bounds narrower.
+  D9 λ in (E7) has no published value: compare disc with the rewards.
 
-Run:     python algorithms/morel.py --env hopper-medium
-Expect:  hopper-medium 2.3 (the data 44, BC 47 and 54) after 100,000 updates in a model of 10 epochs, seed 0, in 37 minutes on a
-         core. With this β the pessimism hardly ever speaks: 0.8% of the data's pairs are unknown, 0.5% of π's actions there,
-         4.6% of random ones, and none on π's real path. At the start Q promises 149, and π earns 44, discounted.
-         halfcheetah-medium-replay 35.8 (the data 20, BC 16): as many updates, 30 epochs, 28 minutes. The threshold is as
-         silent, for 0.4% of the data's pairs and 0.1% of random actions, but no robot falls here, and Q promises 169, 306 is
-         earned.
-         pendulum-medium-replay (the data −1148, a clone the same): −526, −587, −420 after 3,000 updates.
+Watch: `ends`, the share of a batch that ends. Where it stays near 0 while q_policy runs away above
+any return of the data, pairs are not found unknown: raise --horizon, or lower --beta.
+
+Run:     python algorithms/morel.py --env hopper-medium [--penalty soft]
+Expect:  near 0 on hopper-medium, above the data on halfcheetah-medium-replay; results/README.md.
 """
 import copy
 import math
@@ -49,6 +60,19 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # lets this file find common.py
+from common import (
+    Batch,
+    Dataset,
+    Run,
+    check_range,
+    fail,
+    load_dataset,
+    record_on_cuda,
+    write_atomically,
+)
 
 import torch
 import torch.nn.functional as F
@@ -56,57 +80,79 @@ import tyro
 from torch import Tensor, nn
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # lets this file find common.py
-from common import Batch, Dataset, Run, check, load_dataset, record_on_cuda, write_atomically
-
 
 @dataclass
 class Args:
     # run
-    env: str = "hopper-medium"  # suite dataset, Minari id or path of a D4RL .hdf5 file
+    env: str = "hopper-medium"  # suite dataset, Minari id, or path of a .hdf5 or .npz file
     seed: int = 0  # of networks, batches and evaluation episodes
     steps: int = 1_000_000  # gradient updates [=]
-    batch_size: int = 256  # transitions per update [=]
     device: str = "auto"  # auto, cpu or cuda
+    threads: int = 0  # of the CPU; 0: one for light updates, up to four for heavy ones
     eval_every: int = 5_000  # updates between evaluations, and between checkpoints [=]
     eval_episodes: int = 10  # per evaluation [=]
     final_episodes: int = 100  # behind the final score [=]
+    eval_env: str = "auto"  # auto: as recorded; none: no evaluation; or a Gymnasium id
+    holdout: float = 0.0  # share of episodes kept from training, for fqe.py
     out: str = "runs"  # folder for results
-    resume: bool = False  # go on from the last checkpoint
+    resume: bool = False  # continue from the last checkpoint
     # optimisation
+    batch_size: int = 256  # transitions per update [=]
     actor_lr: float = 3e-4  # Adam, for π and α [=] [D1]
     critic_lr: float = 3e-4  # Adam [=] [D1]
     gamma: float = 0.99  # discount γ [=] [D1]
-    target_rate: float = 0.005  # share of the new weights in (E12) [=]
+    target_rate: float = 0.005  # share of the new weights in (E13) [=]
     # MOReL
     dynamics_epochs: int = 25  # through the data, for (E2) [C d4rl_hopper_medium.txt] [D6]
-    beta: float = 5.0  # β in (E4), larger knows more; 0 leaves about half of the data unknown [P App. C.5] [D5]
+    penalty: Literal["halt", "soft"] = "halt"  # (E6) as in the paper, (E7) as in the notes [P]
+    beta: float = 5.0  # β in (E5), larger knows more; 0: half of the data [P App. C.5] [D5]
+    penalty_weight: float = 1.0  # λ in (E7) [D9]
     rollout_every: int = 1_000  # updates between rollouts [D1]
-    rollout_starts: int = 10_000  # states of the data that a rollout starts from [D1]
-    horizon: int = 5  # steps that a rollout goes [D1]
-    retain: int = 5  # rollouts that the pool has room for, the newest [D1]
+    rollout_starts: int = 10_000  # states of the data that rollouts start from [D1]
+    horizon: int = 5  # steps of a rollout [D1]
+    retain: int = 5  # rollouts that the pool has room for [D1]
     real_share: float = 0.05  # of a batch, rounded down [D1]
 
 
 HIDDEN = (256, 256)  # widths of actor and critics [=]
 LOG_STD_MIN, LOG_STD_MAX = -20.0, 2.0  # as in sac.py [=]
-NETWORKS, DYNAMICS_HIDDEN = 4, (512, 512)  # of the model [P Table 4]
-DYNAMICS_LR, DYNAMICS_BATCH = 1e-3, 256  # Adam; rows of each network [C d4rl_hopper_medium.txt] [D6]
-FALLS = {  # (E5) by body: next_obs (B, S) -> whether the episode is over, (B,); exactly the conditions of Gymnasium's v5
-    "Hopper-v5": lambda s: ~((s[:, 0] > 0.7) & (s[:, 1].abs() < 0.2) & (s[:, 1:].abs() < 100).all(dim=1)),
-    "Walker2d-v5": lambda s: ~((s[:, 0] > 0.8) & (s[:, 0] < 2) & (s[:, 1].abs() < 1)),
-    **dict.fromkeys(("HalfCheetah-v5", "Pendulum-v1"), lambda s: torch.zeros_like(s[:, 0], dtype=torch.bool)),
+NETWORKS = 4  # of the model [P Table 4]
+DYNAMICS_HIDDEN = (512, 512)  # widths of the model [P Table 4]
+DYNAMICS_LR = 1e-3  # Adam [C d4rl_hopper_medium.txt] [D6]
+DYNAMICS_BATCH = 256  # rows of each network [C d4rl_hopper_medium.txt] [D6]
+
+
+def hopper_falls(s: Tensor) -> Tensor:
+    """(B, S) -> whether the episode is over, (B,)."""
+    return ~((s[:, 0] > 0.7) & (s[:, 1].abs() < 0.2) & (s[:, 1:].abs() < 100).all(dim=1))
+
+
+def walker2d_falls(s: Tensor) -> Tensor:
+    return ~((s[:, 0] > 0.8) & (s[:, 0] < 2) & (s[:, 1].abs() < 1))
+
+
+def never_falls(s: Tensor) -> Tensor:
+    return torch.zeros_like(s[:, 0], dtype=torch.bool)
+
+
+FALLS = {  # as in Gymnasium
+    "Hopper-v5": hopper_falls,
+    "Walker2d-v5": walker2d_falls,
+    "HalfCheetah-v5": never_falls,
+    "Pendulum-v1": never_falls,
 }
 
 
 def mlp(*widths: int) -> nn.Sequential:
     """Linear layers of these widths with ReLU between them."""
-    layers = [layer for i, o in zip(widths, widths[1:]) for layer in (nn.Linear(i, o), nn.ReLU())]
+    layers = []
+    for inputs, outputs in zip(widths, widths[1:]):
+        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 
 
 class Actor(nn.Module):
-    """Tanh-Gaussian π(a|s) on [-1, 1]^A. Its buffers hold the units, so a saved policy eats raw observations."""
+    """Tanh-Gaussian π(a|s) on [-1, 1]^A. Its buffers hold the environment's action units."""
 
     def __init__(self, obs_dim: int, action_dim: int):
         super().__init__()
@@ -121,17 +167,18 @@ class Actor(nn.Module):
 
     @torch.no_grad()
     def act(self, obs: Tensor) -> Tensor:
-        """Raw observations (B, S) to the environment's actions (B, A), without noise: tanh of the mean."""
-        return self.action_mid + self.action_half * torch.tanh(self(obs)[0])
+        """Raw observations (B, S) to the environment's actions (B, A): tanh(mean), no noise."""
+        mean, _ = self(obs)
+        return self.action_mid + self.action_half * torch.tanh(mean)
 
 
 def sample_action(mean: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor]:
-    """(E7) actions (..., A) drawn with the reparameterisation trick, and their log-densities (...)."""
-    # (E7)
+    """(E8) actions (..., A), drawn with the reparameterisation trick, and their log π (...)."""
+    # (E8) the second term of log_prob is log(1 − tanh²u), in a form that does not overflow
     noise = torch.randn_like(mean)
     u = mean + log_std.exp() * noise
     log_normal = -0.5 * noise**2 - log_std - 0.5 * math.log(2 * math.pi)
-    log_prob = log_normal - 2 * (math.log(2) - u - F.softplus(-2 * u))  # log(1 − tanh²u) without overflow
+    log_prob = log_normal - 2 * (math.log(2) - u - F.softplus(-2 * u))
     return torch.tanh(u), log_prob.sum(-1)
 
 
@@ -154,128 +201,216 @@ class Critic(nn.Module):
     def __init__(self, obs_dim: int, action_dim: int, num: int = 2):
         super().__init__()
         widths = (obs_dim + action_dim, *HIDDEN, 1)
-        self.layers = nn.ModuleList(EnsembleLinear(num, i, o) for i, o in zip(widths, widths[1:]))
+        self.layers = nn.ModuleList()
+        for inputs, outputs in zip(widths, widths[1:]):
+            self.layers.append(EnsembleLinear(num, inputs, outputs))
 
     def forward(self, obs: Tensor, action: Tensor) -> Tensor:
-        x = torch.cat([obs, action], dim=-1).expand(len(self.layers[0].weight), -1, -1)  # (K, B, S + A)
+        num = len(self.layers[0].weight)
+        x = torch.cat([obs, action], dim=-1).expand(num, -1, -1)  # (K, B, S + A)
         for layer in self.layers[:-1]:
             x = F.relu(layer(x))
         return self.layers[-1](x).squeeze(-1)
 
 
 class Dynamics(nn.Module):
-    """M deterministic models of y = [next_obs − obs | reward], given x = [obs | action]; knows the data's units of both."""
+    """M networks for y = [next_obs − obs | reward], given x = [obs | action], in raw units."""
 
     def __init__(self, obs_dim: int, action_dim: int):
         super().__init__()
         widths = (obs_dim + action_dim, *DYNAMICS_HIDDEN, obs_dim + 1)
-        self.layers = nn.ModuleList(EnsembleLinear(NETWORKS, i, o) for i, o in zip(widths, widths[1:]))
-        for name, dim in (("x_units", widths[0]), ("y_units", widths[-1]), ("disc_units", 1)):  # mean and std, (2, dim)
-            self.register_buffer(name, torch.tensor([[0.0], [1.0]]).repeat(1, dim))
+        self.layers = nn.ModuleList()
+        for inputs, outputs in zip(widths, widths[1:]):
+            self.layers.append(EnsembleLinear(NETWORKS, inputs, outputs))
+        self.register_buffer("x_mean", torch.zeros(widths[0]))
+        self.register_buffer("x_std", torch.ones(widths[0]))
+        self.register_buffer("y_mean", torch.zeros(widths[-1]))
+        self.register_buffer("y_std", torch.ones(widths[-1]))
+        self.register_buffer("disc_mean", torch.tensor(0.0))  # over the data, as the next
+        self.register_buffer("disc_std", torch.tensor(1.0))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, S + A), or (M, B, S + A) with rows for each network, to y, (M, B, S + 1)."""
-        x = ((x - self.x_units[0]) / self.x_units[1]).expand(NETWORKS, -1, -1)
+        x = ((x - self.x_mean) / self.x_std).expand(NETWORKS, -1, -1)
         for layer in self.layers[:-1]:
             x = F.relu(layer(x))
         # (E1)
-        return self.y_units[0] + self.y_units[1] * self.layers[-1](x)
+        return self.y_mean + self.y_std * self.layers[-1](x)
+
+
+class Pool(nn.Module):
+    """The newest imagined transitions. A module, so that checkpoints hold its tensors."""
+
+    def __init__(self, capacity: int, data: Dataset):
+        super().__init__()
+        for name in Batch._fields:  # obs, action, reward, next_obs, terminated
+            column = getattr(data, name)
+            self.register_buffer(name, column.new_zeros(capacity, *column.shape[1:]))
+        self.register_buffer("size", torch.tensor(0, device=data.device))  # rows in use
+
+    def add(self, new: Batch) -> None:
+        """Appends transitions; the oldest leave where there is no room."""
+        size = int(self.size)
+        for name, column in new._asdict().items():
+            stored = getattr(self, name)
+            newest = torch.cat([stored[:size], column])[-len(stored):]
+            stored[:len(newest)] = newest
+        self.size.fill_(len(newest))
+
+    def sample(self, batch_size: int) -> Batch:
+        index = (torch.rand(batch_size, device=self.size.device) * self.size).long()
+        return Batch(*(getattr(self, name).index_select(0, index) for name in Batch._fields))
+
+
+def join(*batches: Batch) -> Batch:
+    """One batch from several, column by column."""
+    return Batch(*(torch.cat(columns) for columns in zip(*batches)))
 
 
 def dynamics_loss(dynamics: Dynamics, x: Tensor, y: Tensor) -> Tensor:
     """(E2): each network on its own rows, (M, B, S + A) and (M, B, S + 1)."""
     predicted = dynamics(x)
-    assert y.shape == predicted.shape, "a target (B, S + 1) would broadcast, and every network learn from the same rows"
+    assert y.shape == predicted.shape, "a target (B, S + 1) would give all networks the same rows"
     # (E2) a sum over networks, which share nothing
-    return ((predicted - y) / dynamics.y_units[1]).pow(2).mean(dim=(1, 2)).sum()
+    return ((predicted - y) / dynamics.y_std).pow(2).mean(dim=(1, 2)).sum()
 
 
 def disagreement(y: Tensor) -> Tensor:
     """(E3): disc, (M, B, S + 1) -> (B,)."""
     i, j = torch.triu_indices(len(y), len(y), 1, device=y.device)  # each pair of networks once
-    # (E3) at one point; between points of the data it would be the size of the world, and no pair unknown
+    # (E3) at one point; between points of the data it would be the size of the world
     return (y[i, :, :-1] - y[j, :, :-1]).norm(dim=-1).amax(dim=0)
 
 
+def model_rows(data: Dataset) -> tuple[Tensor, Tensor]:
+    """x (N, S + A) and y (N, S + 1) of transitions with a known next state."""
+    env = data.recorded_env or "no known environment"
+    if env not in FALLS:
+        fail(f"{data.name} is of {env}; episode ends are known of {', '.join(FALLS)} only")
+    # in some D4RL files another episode's start follows a termination: that is no fall
+    known = ~data.terminated.bool() | FALLS[env](data.next_obs)
+    if known.sum() < 10:
+        fail(f"{data.name} has fewer than 10 transitions that continue or end in a fall")
+    x = torch.cat([data.obs, data.action], dim=1)
+    y = torch.cat([data.next_obs - data.obs, data.reward[:, None]], dim=1)
+    return x[known], y[known]
+
+
+def mean_and_std(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the columns of (N, D), (D,) each; a column that never changes gets the deviation 1."""
+    std = x.std(dim=0, correction=0)
+    return x.mean(dim=0), torch.where(std < 1e-12, 1.0, std)
+
+
 def fit(dynamics: Dynamics, data: Dataset, args: Args, run: Run) -> None:
-    """(E2), each network with its own order of the rows, then disc on the data; or what an earlier start left behind."""
-    path = run.folder.with_name(f"{run.folder.name}-model-{run.dataset['fingerprint']}-{args.dynamics_epochs}.pt")
+    """(E2), each network in its own order of rows, then disc; or reads what was fitted earlier."""
+    key = f"{run.dataset['fingerprint']}-{args.dynamics_epochs}"
+    path = run.folder.with_name(f"{run.folder.name}-model-{key}.pt")
     if path.exists():
         dynamics.load_state_dict(torch.load(path, map_location=data.device, weights_only=True))
         return
-    rng, rows = torch.Generator(data.device).manual_seed(args.seed), data.columns(data.packed)
-    # a D4RL file without next_observations has another episode's start after a termination: the body's rule unmasks it
-    known = (~rows.terminated.bool() | FALLS[data.env_id](rows.next_obs)).nonzero()[:, 0]
-    x = torch.cat([rows.obs, rows.action], dim=1)[known]
-    y = torch.cat([rows.next_obs - rows.obs, rows.reward[:, None]], dim=1)[known]
-    for units, values in ((dynamics.x_units, x), (dynamics.y_units, y)):
-        std = values.std(dim=0, correction=0)
-        units.copy_(torch.stack([values.mean(dim=0), torch.where(std < 1e-12, 1.0, std)]))
+    x, y = model_rows(data)
+    dynamics.x_mean, dynamics.x_std = mean_and_std(x)
+    dynamics.y_mean, dynamics.y_std = mean_and_std(y)
+    rng = torch.Generator(data.device).manual_seed(args.seed)  # leaves torch's own draws alone
     optimizer = torch.optim.Adam(dynamics.parameters(), lr=DYNAMICS_LR, fused=True)
-    for epoch in (bar := tqdm(range(1, args.dynamics_epochs + 1), desc="fitting the model", unit=" epochs")):
+    bar = tqdm(range(1, args.dynamics_epochs + 1), desc="fitting the model", unit=" epochs")
+    for epoch in bar:
         order = torch.rand((NETWORKS, len(x)), generator=rng, device=data.device).argsort(dim=1)
-        for batch in order.split(DYNAMICS_BATCH, dim=1):
-            loss = dynamics_loss(dynamics, x[batch], y[batch])
+        for index in order.split(DYNAMICS_BATCH, dim=1):
+            loss = dynamics_loss(dynamics, x[index], y[index])
             descend(loss, optimizer)
-            check(not run.stop, "stopped before the model was fitted, so nothing is kept; start again without --resume")
-        check(loss.isfinite(), f"the model's loss is {loss.item()} by epoch {epoch}")
+            if run.stop:
+                fail("stopped before the model was fitted; start again without --resume")
+        if not loss.isfinite():
+            fail(f"the model's loss is {loss.item()} by epoch {epoch}")
         bar.set_postfix_str(f"loss {loss.item():.3g}", refresh=False)
     with torch.no_grad():
         disc = torch.cat([disagreement(dynamics(part)) for part in x.split(10_000)])
-    dynamics.disc_units.copy_(torch.stack([disc.mean(), disc.std(correction=0)])[:, None])
+    dynamics.disc_mean = disc.mean()
+    dynamics.disc_std = disc.std(correction=0)
     write_atomically(path, lambda part: torch.save(dynamics.state_dict(), part))
-    run.since += bar.format_dict["elapsed"]  # updates per second are of updates
+    run.since += bar.format_dict["elapsed"]  # is no part of updates per second
+
+
+def halt(args: Args, data: Dataset, dynamics: Dynamics, disc: Tensor, reward: Tensor,
+         fell: Tensor) -> tuple[Tensor, Tensor]:
+    """(E5), (E6): reward and end of each imagined step, (B,) each, in the pessimistic MDP."""
+    # (E5)
+    unknown = disc > dynamics.disc_mean + args.beta * dynamics.disc_std
+    # (E6) HALT's value is known, so that no network has to learn it
+    halt_value = -data.reward.abs().max() / (1 - args.gamma)
+    return torch.where(unknown, halt_value, reward), fell | unknown
+
+
+def soft_penalty(reward: Tensor, disc: Tensor, weight: float) -> Tensor:
+    """(E7): the penalised reward of each imagined step, (B,)."""
+    # (E7) at every pair, known or not; the rollout continues
+    return reward - weight * disc
 
 
 @torch.no_grad()
-def imagine(args: Args, data: Dataset, dynamics: Dynamics, actor: Actor) -> Tensor:
-    """(E4), (E5), (E6): rollouts in the model from states of the data; rows as Dataset packs them, (n, 2S + A + 2)."""
-    worst = -data.columns(data.packed).reward.abs().max() / (1 - args.gamma)  # V(HALT)
-    obs, rows = data.sample(args.rollout_starts).obs, []
+def imagine(args: Args, data: Dataset, dynamics: Dynamics, actor: Actor) -> Batch:
+    """(E3) to (E7): rollouts in the model from states of the data."""
+    obs = data.sample(args.rollout_starts).obs
     network = torch.randint(NETWORKS, (len(obs),), device=obs.device)
+    steps = []
     for _ in range(args.horizon):
         action, _ = sample_action(*actor(obs))
-        y = dynamics(torch.cat([obs, action], dim=1))
-        # (E4)
-        mean, std = dynamics.disc_units
-        unknown = disagreement(y) > mean + args.beta * std
-        # (E5)
-        y = y[network, torch.arange(len(obs), device=obs.device)]
+        predicted = dynamics(torch.cat([obs, action], dim=1))  # (M, B, S + 1)
+        disc = disagreement(predicted)
+        # (E4) without the fall, fallen robots would continue to earn
+        y = predicted[network, torch.arange(len(obs), device=obs.device)]
         next_obs = obs + y[:, :-1]
-        # (E6) HALT's value is known, so no network has to learn it; a pair that is unknown and falls is unknown
-        reward, terminated = torch.where(unknown, worst, y[:, -1]), FALLS[data.env_id](next_obs) | unknown
-        rows.append(torch.cat([obs, action, next_obs, reward[:, None], terminated[:, None]], dim=1))
-        obs, network = next_obs[~terminated], network[~terminated]
-    return torch.cat(rows)
+        reward = y[:, -1]
+        terminated = FALLS[data.recorded_env](next_obs)
+        if args.penalty == "halt":
+            reward, terminated = halt(args, data, dynamics, disc, reward, terminated)
+        else:
+            reward = soft_penalty(reward, disc, args.penalty_weight)
+        steps.append(Batch(obs, action, reward, next_obs, terminated.to(obs.dtype)))
+        obs = next_obs[~terminated]
+        network = network[~terminated]
+    return join(*steps)
 
 
 @torch.no_grad()
-def soft_td_target(actor: Actor, critic_target: Critic, entropy_coef: Tensor, batch: Batch, gamma: float) -> Tensor:
-    """(E8): the regression target y, (B,)."""
-    # (E8) sac.py asks Q about actions that nobody tried; here the model has tried them
+def soft_td_target(actor: Actor, critic_target: Critic, entropy_coef: Tensor, batch: Batch,
+                   gamma: float) -> Tensor:
+    """(E9): the regression target y, (B,)."""
+    # (E9) unlike in sac.py, imagined steps have tried actions such as next_action
     next_action, next_log_prob = sample_action(*actor(batch.next_obs))
     next_q = critic_target(batch.next_obs, next_action).min(dim=0).values
-    return batch.reward + gamma * (1 - batch.terminated) * (next_q - entropy_coef * next_log_prob)
+    soft_value = next_q - entropy_coef * next_log_prob
+    return batch.reward + gamma * (1 - batch.terminated) * soft_value
 
 
 def critic_loss(critic: Critic, batch: Batch, y: Tensor) -> tuple[Tensor, Tensor]:
-    """(E9); also the mean Q of the batch's actions."""
+    """(E10); also the mean Q of the batch's actions."""
     q = critic(batch.obs, batch.action)  # (K, B)
     assert y.shape == q.shape[1:], "a target (B, 1) would broadcast to (K, B, B), and train"
-    # (E9)
+    # (E10)
     return (q - y).pow(2).mean(dim=1).sum(), q.detach().mean()
 
 
-def actor_loss(actor: Actor, critic: Critic, entropy_coef: Tensor, obs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(E10); also log π (B,), which (E11) needs, and the mean Q of the policy's actions."""
+def actor_loss(actor: Actor, critic: Critic, entropy_coef: Tensor,
+               obs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(E11); also log π (B,), which (E12) needs, and the mean Q of the policy's actions."""
     action, log_prob = sample_action(*actor(obs))
     q = critic(obs, action)  # (K, B)
-    # (E10)
-    return (entropy_coef * log_prob - q.min(dim=0).values).mean(), log_prob.detach(), q.detach().mean()
+    # (E11)
+    loss = (entropy_coef * log_prob - q.min(dim=0).values).mean()
+    return loss, log_prob.detach(), q.detach().mean()
+
+
+def entropy_coef_loss(log_entropy_coef: Tensor, log_prob: Tensor, target_entropy: float) -> Tensor:
+    """(E12): the loss of the entropy coefficient α."""
+    # (E12) α grows while the policy's entropy, E[−log π], is below its target
+    return -(log_entropy_coef * (log_prob + target_entropy)).mean()
 
 
 def descend(loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
-    """One gradient step on the optimizer's own parameters; for no others is a gradient computed."""
+    """One gradient step on the optimizer's own parameters; no others get a gradient."""
     optimizer.zero_grad()
     loss.backward(inputs=optimizer.param_groups[0]["params"])
     optimizer.step()
@@ -283,15 +418,16 @@ def descend(loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
 
 @torch.no_grad()
 def polyak_update(target: nn.Module, online: nn.Module, rate: float) -> None:
-    """(E12) target ← target + rate · (online − target), for all parameters at once."""
+    """(E13) target ← target + rate · (online − target), for all parameters at once."""
     torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), rate)
 
 
-def update(args: Args, data: Dataset, pool: Dataset, actor: Actor, critic: Critic, critic_target: Critic,
-           log_entropy_coef: Tensor, actor_optimizer, critic_optimizer, entropy_optimizer) -> dict[str, Tensor]:
+def update(args: Args, data: Dataset, pool: Pool, actor: Actor, critic: Critic,
+           critic_target: Critic, log_entropy_coef: Tensor, actor_optimizer, critic_optimizer,
+           entropy_optimizer) -> dict[str, Tensor]:
     """One step of SAC, on a few real rows and many imagined ones: Q, π, α, targets."""
     num_real = int(args.real_share * args.batch_size)
-    batch = Batch(*map(torch.cat, zip(data.sample(num_real), pool.sample(args.batch_size - num_real))))
+    batch = join(data.sample(num_real), pool.sample(args.batch_size - num_real))
     entropy_coef = log_entropy_coef.detach().exp()
 
     y = soft_td_target(actor, critic_target, entropy_coef, batch, args.gamma)
@@ -301,43 +437,51 @@ def update(args: Args, data: Dataset, pool: Dataset, actor: Actor, critic: Criti
     pi_loss, log_prob, q_policy = actor_loss(actor, critic, entropy_coef, batch.obs)
     descend(pi_loss, actor_optimizer)
 
-    # (E11) α grows while the policy's entropy is below its target, −dim(A)
-    descend(-(log_entropy_coef * (log_prob - data.action_dim)).mean(), entropy_optimizer)
+    alpha_loss = entropy_coef_loss(log_entropy_coef, log_prob, -data.action_dim)
+    descend(alpha_loss, entropy_optimizer)
 
-    # (E12)
+    # (E13)
     polyak_update(critic_target, critic, args.target_rate)
-    return {"critic_loss": q_loss.detach(), "q_batch": q_batch, "q_policy": q_policy, "ends": batch.terminated.mean(),
-            "entropy": -log_prob.mean(), "entropy_coef": entropy_coef}
+    return {"critic_loss": q_loss.detach(), "q_batch": q_batch, "q_policy": q_policy,
+            "ends": batch.terminated.mean(), "entropy": -log_prob.mean(),
+            "entropy_coef": entropy_coef}
 
 
 def train(args: Args) -> None:
-    for name in ("dynamics_epochs", "rollout_every", "rollout_starts", "horizon", "retain"):
-        check(getattr(args, name) > 0, f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
-    check(0 <= args.real_share <= 1 and args.gamma < 1, "--real-share must be from 0 to 1, --gamma below 1: HALT has no end")
-    data = load_dataset(args.env, args.device)
-    check(data.env_id in FALLS, f"{data.name} is of {data.env_id}; how episodes end is known of {', '.join(FALLS)} only")
-    run = Run(args, data)
+    check_range(args, "batch_size dynamics_epochs rollout_every rollout_starts horizon retain", 1)
+    check_range(args, "actor_lr critic_lr beta penalty_weight", 0)
+    check_range(args, "gamma target_rate real_share", 0, 1)
+    if args.penalty == "halt" and args.gamma == 1:
+        fail("--gamma must be below 1: HALT pays for ever")
+    data = load_dataset(args.env, args.device, eval_env=args.eval_env, holdout=args.holdout)
+    model_rows(data)  # may refuse them
+    run = Run(args, data, variant="-soft" if args.penalty == "soft" else "", gflop=0.68)
+
     actor = Actor(data.obs_dim, data.action_dim).to(data.device)
     actor.action_mid, actor.action_half = data.action_mid, data.action_half
     critic = Critic(data.obs_dim, data.action_dim).to(data.device)
     log_entropy_coef = torch.zeros((), device=data.device, requires_grad=True)
     dynamics = Dynamics(data.obs_dim, data.action_dim).to(data.device)
-    pool = Dataset("imagined", data.env_id, args.retain * args.horizon * args.rollout_starts, data.device.type, data.refs)
+    pool = Pool(args.retain * args.horizon * args.rollout_starts, data)
     adam = partial(torch.optim.Adam, fused=True, capturable=data.device.type == "cuda")
-    state = dict(actor=actor, critic=critic, critic_target=copy.deepcopy(critic), log_entropy_coef=log_entropy_coef,
-                 actor_optimizer=adam(actor.parameters(), lr=args.actor_lr),
-                 critic_optimizer=adam(critic.parameters(), lr=args.critic_lr),
-                 entropy_optimizer=adam([log_entropy_coef], lr=args.actor_lr))
-    start = run.resume(**state, pool=pool.packed, pool_size=pool.size)
+    learned = {
+        "pool": pool,
+        "actor": actor,
+        "critic": critic,
+        "critic_target": copy.deepcopy(critic),
+        "log_entropy_coef": log_entropy_coef,
+        "actor_optimizer": adam(actor.parameters(), lr=args.actor_lr),
+        "critic_optimizer": adam(critic.parameters(), lr=args.critic_lr),
+        "entropy_optimizer": adam([log_entropy_coef], lr=args.actor_lr),
+    }
+    start = run.begin(learned, actor)
     fit(dynamics, data, args, run)
-    one_update = record_on_cuda(partial(update, args, data, pool, **state), data.device)
+    one_update = record_on_cuda(partial(update, args, data, **learned), data.device)
     for step in range(start + 1, args.steps + 1):
         if (step - 1) % args.rollout_every == 0:
-            rows = torch.cat([pool.packed[:pool.size], imagine(args, data, dynamics, actor)])[-len(pool.packed):]  # the newest
-            pool.packed[:len(rows)] = rows
-            pool.size.fill_(len(rows))
-        run.step(step, one_update(), actor.act)
-    run.finish(actor)
+            pool.add(imagine(args, data, dynamics, actor))
+        run.step(step, one_update())
+    run.finish()
 
 
 if __name__ == "__main__":

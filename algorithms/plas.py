@@ -1,47 +1,59 @@
-"""Policy in the Latent Action Space, PLAS.
+"""PLAS: Policy in the Latent Action Space.
 
-Zhou, Bajracharya & Held, "PLAS: Latent Action Space for Offline Reinforcement Learning", CoRL 2020, arXiv 2011.07213.
+Zhou, Bajracharya & Held, "PLAS: Latent Action Space for Offline Reinforcement Learning", CoRL 2020,
+arXiv 2011.07213.
 Notes: Policy Constraints (软约束); Valuable Github Repo lists it.
 
-First a conditional VAE learns to produce actions as the data have them, as in bcq.py; then it is frozen. The policy says which
-latent to decode, not which action, and may follow Q as far as it likes: whatever it says, the decoder turns it into an action
-like the data's, or between two of theirs. So the constraint sits in what the policy can express, and no term or weight has to
-enforce it.
+A conditional VAE first learns to reproduce the data's actions, as in bcq.py; then it is fixed. The
+policy chooses a latent, and the decoder turns it into an action like the data's, or one between
+them. So the constraint lies in what the policy can express; no penalty and no weight is needed.
 
-  Stage 1, until the VAE is done:
+          what stands for the data's policy    where it acts
+  BCQ     VAE, trained alongside Q             proposes all actions, of target and policy
+  BEAR    VAE, trained alongside Q             MMD from its samples, in the policy's loss
+  PLAS    VAE, trained first, then fixed       decodes the policy's latent into the action
+  BRAC    Gaussian clone, trained first        KL from it, in the policy's loss (-v: target too)
+
+  Stage 1, the VAE:
   (E1) L_VAE = E_D[ ‖tanh g(s, z) − a‖² / A + ½ KL ],  z = m(s, a) + σ(s, a)·ε,
        KL = 1/L Σ_l [ ½(m_l² + σ_l² − 1) − log σ_l ]
-  Stage 2, g fixed:
+  Stage 2, with g fixed:
   (E2) π(s) = tanh g(s, z),  z = Z tanh h(s)
   (E3) y = r + γ (1 − d) [ λ min_k Q̄_k(s′, π̄(s′)) + (1 − λ) max_k Q̄_k(s′, π̄(s′)) ],  π̄ with h̄
   (E4) L_Q = Σ_k E_D[ (Q_k(s, a) − y)² ]
-  (E5) L_h = −E_D[ Q_1(s, π(s)) ],  its gradient goes through g to h
+  (E5) L_h = −E_D[ Q_1(s, π(s)) ],  its gradient passes through g to h
   (E6) Q̄ ← Q̄ + rate · (Q − Q̄),  h̄ ← h̄ + rate · (h − h̄)
 
-BCQ clips the latents that it draws to ±½; here they reach ±Z = ±2, two standard deviations of the prior: further out the
-decoder was hardly ever trained, and would do as it likes.
+BCQ clips the latents that it draws to ±½. Here they reach ±Z = ±2, two standard deviations of the
+prior; farther out the decoder has seen almost no training.
 
-Shapes: B batch, S observation, A action, L = 2A latent, K = 2 critics. d is terminated: a truncated episode bootstraps.
-Observations are raw, actions lie in [-1, 1]; the actor converts them to the environment's units.
+Shapes: B batch, S observation, A action, L = 2A latent, K = 2 critics. d is terminated: a truncated
+episode bootstraps. Observations are raw, actions lie in [-1, 1]; the actor converts them to the
+environment's units.
 
 Differences from the official code (Wenxuan-Zhou/PLAS), which we follow:
-  D1 PLAS alone, as the code's default has it (--phi 0), without PLAS+P's perturbation of the decoded action; bcq.py shows one.
-  D2 A run with |mean target Q| above 10⁶ goes on; the code stops there.
+  D1 PLAS alone, as by default there (--phi 0), without PLAS+P's perturbation; bcq.py shows one.
+  D2 A run with |mean target Q| above 10⁶ continues; the code stops there.
+
+Watch: cloning_error and kl, printed at the end of stage 1. A high cloning_error means that the VAE
+needs more --vae-steps or a larger --vae-lr; no policy can repair it. kl near 0 means that g ignores
+z, so that h can change little. That is right for data of one policy, where there is nothing to
+encode; data of many policies leave h more to choose from. In stage 2 q_policy stays near q_data.
 
 Run:     python algorithms/plas.py --env hopper-medium
-Expect:  hopper-medium 36.6 (the data 44, BC 47 and 54), after 50,000 updates of the VAE and 80,000 of the policy, a tenth and a
-         sixth of the defaults, seed 0. Below BC because the decoder ignores z (KL 0.0003): alone, with z = 0, it is worth 26,
-         and h, which drives |z| to 1.8 of 2, moves an action by 0.05 only. By (E1) z is worth its KL where the actions of
-         one state have a variance above 1/8; here it is about 0.03. On hopper-medium-replay, whose policies differ more, 24.0
-         (the data 15, BC 18).
-         pendulum-medium-replay (the data −1148): −182 after 8,000 updates, with a small VAE (tests/test_learning.py).
+Expect:  as good as the decoder, and better where the data come from many policies.
+         Scores and curves: results/README.md.
 """
 import copy
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # lets this file find common.py
+from common import Batch, Dataset, Run, check_range, fail, load_dataset, record_on_cuda
 
 import torch
 import torch.nn.functional as F
@@ -49,24 +61,24 @@ import tyro
 from torch import Tensor, nn
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # lets this file find common.py
-from common import Batch, Dataset, Run, check, load_dataset, record_on_cuda
-
 
 @dataclass
 class Args:
     # run
-    env: str = "hopper-medium"  # suite dataset, Minari id or path of a D4RL .hdf5 file
+    env: str = "hopper-medium"  # suite dataset, Minari id, or path of a .hdf5 or .npz file
     seed: int = 0  # of networks, batches and evaluation episodes
     steps: int = 500_000  # gradient updates of stage 2 [C main.py]
-    batch_size: int = 100  # transitions per update, in both stages [C main.py]
     device: str = "auto"  # auto, cpu or cuda
+    threads: int = 0  # of the CPU; 0: one for light updates, up to four for heavy ones
     eval_every: int = 5_000  # updates between evaluations, and between checkpoints [=]
     eval_episodes: int = 10  # per evaluation [C main.py]
     final_episodes: int = 100  # behind the final score [=]
+    eval_env: str = "auto"  # auto: as recorded; none: no evaluation; or a Gymnasium id
+    holdout: float = 0.0  # share of episodes kept from training, for fqe.py
     out: str = "runs"  # folder for results
-    resume: bool = False  # go on from the last checkpoint
+    resume: bool = False  # continue from the last checkpoint
     # optimisation
+    batch_size: int = 100  # transitions per update, in both stages [C main.py]
     vae_lr: float = 1e-4  # Adam [C main.py]
     actor_lr: float = 1e-4  # Adam, for h [C main.py]; the class's own default is 1e-3
     critic_lr: float = 1e-3  # Adam [C main.py]
@@ -75,7 +87,7 @@ class Args:
     # PLAS
     vae_steps: int = 500_000  # gradient updates of stage 1 [C main.py]
     max_latent: float = 2.0  # Z in (E2) [C main.py]
-    min_weight: float = 0.75  # λ in (E3): 1 is the minimum of the critics, ½ their mean [C algos.py]
+    min_weight: float = 0.75  # λ in (E3): 1 is the critics' minimum, ½ their mean [C algos.py]
 
 
 HIDDEN = (400, 300)  # widths of h and critics [C algos.py]
@@ -85,12 +97,14 @@ VAE_LOG_STD_MIN, VAE_LOG_STD_MAX = -4.0, 15.0  # [C algos.py]
 
 def mlp(*widths: int) -> nn.Sequential:
     """Linear layers of these widths with ReLU between them."""
-    layers = [layer for i, o in zip(widths, widths[1:]) for layer in (nn.Linear(i, o), nn.ReLU())]
+    layers = []
+    for inputs, outputs in zip(widths, widths[1:]):
+        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 
 
 class VAE(nn.Module):
-    """The data's actions given an observation, by way of a latent z with a standard normal prior."""
+    """The data's actions given an observation; the latent z has a standard normal prior."""
 
     def __init__(self, obs_dim: int, action_dim: int):
         super().__init__()
@@ -117,7 +131,6 @@ class LatentPolicy(nn.Module):
         self.register_buffer("bound", torch.zeros(()))
 
     def forward(self, obs: Tensor) -> Tensor:
-        # (E2)
         return self.bound * torch.tanh(self.net(obs))
 
 
@@ -140,17 +153,20 @@ class Critic(nn.Module):
     def __init__(self, obs_dim: int, action_dim: int, num: int = 2):
         super().__init__()
         widths = (obs_dim + action_dim, *HIDDEN, 1)
-        self.layers = nn.ModuleList(EnsembleLinear(num, i, o) for i, o in zip(widths, widths[1:]))
+        self.layers = nn.ModuleList()
+        for inputs, outputs in zip(widths, widths[1:]):
+            self.layers.append(EnsembleLinear(num, inputs, outputs))
 
     def forward(self, obs: Tensor, action: Tensor) -> Tensor:
-        x = torch.cat([obs, action], dim=-1).expand(len(self.layers[0].weight), -1, -1)  # (K, B, S + A)
+        num = len(self.layers[0].weight)
+        x = torch.cat([obs, action], dim=-1).expand(num, -1, -1)  # (K, B, S + A)
         for layer in self.layers[:-1]:
             x = F.relu(layer(x))
         return self.layers[-1](x).squeeze(-1)
 
 
 class Actor(nn.Module):
-    """All that acting needs: h and the VAE. Its buffers hold the units, so a saved policy eats raw observations."""
+    """All that acting needs: h and the VAE. It takes raw observations."""
 
     def __init__(self, obs_dim: int, action_dim: int):
         super().__init__()
@@ -162,17 +178,18 @@ class Actor(nn.Module):
     @torch.no_grad()
     def act(self, obs: Tensor) -> Tensor:
         """Raw observations (B, S) to the environment's own actions (B, A)."""
-        return self.action_mid + self.action_half * decoded_action(self.vae, self.latent_policy, obs)
+        action = decoded_action(self.vae, self.latent_policy, obs)
+        return self.action_mid + self.action_half * action
 
 
 def decoded_action(vae: VAE, latent_policy: LatentPolicy, obs: Tensor) -> Tensor:
-    """(E2): π(s), (B, A) in [-1, 1]. Not without gradient: the policy learns through the decoder, which itself does not."""
-    # (E2)
+    """(E2): π(s), (B, A) in [-1, 1]."""
+    # (E2) not under no_grad: the policy learns through the decoder, which itself stays fixed
     return torch.tanh(vae.decode(obs, latent_policy(obs)))
 
 
 def mix_critics(q: Tensor, min_weight: float) -> Tensor:
-    """(E3): (K, ...) -> (...), mostly the smallest of the critics, and so a fine for their disagreement."""
+    """(E3): (K, ...) -> (...), mostly the smallest critic: a penalty for their disagreement."""
     return min_weight * q.amin(dim=0) + (1 - min_weight) * q.amax(dim=0)
 
 
@@ -180,17 +197,19 @@ def vae_loss(vae: VAE, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     """(E1); also its two parts, the cloning error and the KL divergence."""
     mean, log_std = vae.encode(batch.obs, batch.action)
     z = mean + log_std.exp() * torch.randn_like(mean)
-    # (E1) a sum over latents would weigh L times as much, and the decoder ignore z even where the data vary widely
+    # (E1) means, not sums: summed over latents the KL would weigh L times as much
     cloning = (torch.tanh(vae.decode(batch.obs, z)) - batch.action).pow(2).mean()
     kl = (0.5 * (mean.pow(2) + (2 * log_std).exp() - 1) - log_std).mean()
     return cloning + 0.5 * kl, cloning.detach(), kl.detach()
 
 
 @torch.no_grad()
-def td_target(vae: VAE, latent_target: LatentPolicy, critic_target: Critic, batch: Batch, args: Args) -> Tensor:
-    """(E3): the regression target y, (B,), without noise on the action."""
-    # (E3)
-    next_q = mix_critics(critic_target(batch.next_obs, decoded_action(vae, latent_target, batch.next_obs)), args.min_weight)
+def td_target(vae: VAE, latent_target: LatentPolicy, critic_target: Critic, batch: Batch,
+              args: Args) -> Tensor:
+    """(E3): the regression target y, (B,)."""
+    next_action = decoded_action(vae, latent_target, batch.next_obs)
+    # (E3) one action per observation: no noise, no maximum over candidates
+    next_q = mix_critics(critic_target(batch.next_obs, next_action), args.min_weight)
     return batch.reward + args.gamma * (1 - batch.terminated) * next_q
 
 
@@ -202,15 +221,16 @@ def critic_loss(critic: Critic, batch: Batch, y: Tensor) -> tuple[Tensor, Tensor
     return (q - y).pow(2).mean(dim=1).sum(), q.detach().mean()
 
 
-def actor_loss(vae: VAE, latent_policy: LatentPolicy, critic: Critic, obs: Tensor) -> tuple[Tensor, Tensor]:
+def actor_loss(vae: VAE, latent_policy: LatentPolicy, critic: Critic,
+               obs: Tensor) -> tuple[Tensor, Tensor]:
     """(E5); also the mean Q of the policy's actions."""
-    # (E5)
+    # (E5) of the first critic alone
     q = critic(obs, decoded_action(vae, latent_policy, obs))[0].mean()
     return -q, q.detach()
 
 
 def descend(loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
-    """One gradient step on the optimizer's own parameters; for no others is a gradient computed."""
+    """One gradient step on the optimizer's own parameters; no others get a gradient."""
     optimizer.zero_grad()
     loss.backward(inputs=optimizer.param_groups[0]["params"])
     optimizer.step()
@@ -229,8 +249,8 @@ def update_vae(args: Args, data: Dataset, vae: VAE, vae_optimizer) -> dict[str, 
     return {"cloning_error": cloning, "kl": kl}
 
 
-def update(args: Args, data: Dataset, actor: Actor, latent_target: LatentPolicy, critic: Critic, critic_target: Critic,
-           actor_optimizer, critic_optimizer) -> dict[str, Tensor]:
+def update(args: Args, data: Dataset, actor: Actor, latent_target: LatentPolicy, critic: Critic,
+           critic_target: Critic, actor_optimizer, critic_optimizer) -> dict[str, Tensor]:
     """One step of stage 2: Q, h, targets. The VAE is in none of the optimizers."""
     batch = data.sample(args.batch_size)
 
@@ -247,40 +267,60 @@ def update(args: Args, data: Dataset, actor: Actor, latent_target: LatentPolicy,
     return {"critic_loss": q_loss.detach(), "q_data": q_data, "q_policy": q_policy}
 
 
+def fit_first(what: str, one_update: Callable, count: Tensor, steps: int, run: Run) -> None:
+    """The fit that comes before step 1, from update `count` on, which a resumed run has."""
+    run.unsaved = True  # Ctrl-C waits until it is saved
+    pause = 0.2 if sys.stderr.isatty() else 30  # seconds between two states of the bar
+    rounds = range(int(count), steps)
+    for _ in tqdm(rounds, desc=what, unit=" updates", leave=False, mininterval=pause):
+        metrics = one_update()
+        count += 1
+        if run.stop:
+            break
+    values = {name: float(value) for name, value in metrics.items()}
+    for name, value in values.items():
+        if not math.isfinite(value):
+            run.close()
+            fail(f"{name} of the {what} is {value} by update {int(count):,}")
+    tqdm.write(f"{what}: " + " ".join(f"{name} {value:.3g}" for name, value in values.items()))
+    run.save(0)
+    if run.stop:
+        run.close()
+        fail(f"stopped after update {int(count):,} of the {what}; --resume continues from there")
+
+
 def train(args: Args) -> None:
-    check(args.vae_steps > 0, f"--vae-steps must be at least 1, not {args.vae_steps}")
-    check(args.max_latent > 0, f"--max-latent must be above 0, not {args.max_latent}")
-    data = load_dataset(args.env, args.device)
-    run = Run(args, data)
+    check_range(args, "batch_size vae_steps", 1)
+    check_range(args, "vae_lr actor_lr critic_lr", 0)
+    check_range(args, "gamma target_rate min_weight", 0, 1)
+    if args.max_latent <= 0:
+        fail(f"--max-latent must be above 0, not {args.max_latent}")
+    data = load_dataset(args.env, args.device, eval_env=args.eval_env, holdout=args.holdout)
+    run = Run(args, data, gflop=0.75)
+
     actor = Actor(data.obs_dim, data.action_dim).to(data.device)
     actor.latent_policy.bound.fill_(args.max_latent)
     actor.action_mid, actor.action_half = data.action_mid, data.action_half
     critic = Critic(data.obs_dim, data.action_dim).to(data.device)
-    latent_target, critic_target = copy.deepcopy(actor.latent_policy), copy.deepcopy(critic)
-    fitted = torch.zeros((), dtype=torch.long, device=data.device)
-
     adam = partial(torch.optim.Adam, fused=True, capturable=data.device.type == "cuda")
-    vae_optimizer = adam(actor.vae.parameters(), lr=args.vae_lr)
-    actor_optimizer = adam(actor.latent_policy.parameters(), lr=args.actor_lr)
-    critic_optimizer = adam(critic.parameters(), lr=args.critic_lr)
-    start = run.resume(actor=actor, latent_target=latent_target, critic=critic, critic_target=critic_target, fitted=fitted,
-                       vae_optimizer=vae_optimizer, actor_optimizer=actor_optimizer, critic_optimizer=critic_optimizer)
+    vae_optimizer = adam(actor.vae.parameters(), lr=args.vae_lr)  # of stage 1
+    fitted = torch.zeros((), dtype=torch.long)  # updates of stage 1 so far
+    learned = {
+        "actor": actor,
+        "latent_target": copy.deepcopy(actor.latent_policy),
+        "critic": critic,
+        "critic_target": copy.deepcopy(critic),
+        "actor_optimizer": adam(actor.latent_policy.parameters(), lr=args.actor_lr),
+        "critic_optimizer": adam(critic.parameters(), lr=args.critic_lr),
+    }
+    start = run.begin(learned | {"vae_optimizer": vae_optimizer, "fitted": fitted}, actor)
     if fitted < args.vae_steps:
-        one_fit = record_on_cuda(partial(update_vae, args, data, actor.vae, vae_optimizer), data.device)
-        for _ in tqdm(range(int(fitted), args.vae_steps), desc="VAE", unit=" updates", leave=False,
-                      mininterval=0.2 if sys.stderr.isatty() else 30):
-            metrics = one_fit()
-            fitted += 1
-            if run.stop:
-                break
-        run.curve = []  # where a stop came before the VAE was ready, it has left an entry
-        run.step(0, metrics, actor.act)  # a checkpoint, so that --resume fits no more; the policy is still random
-    one_update = record_on_cuda(partial(update, args, data, actor, latent_target, critic, critic_target,
-                                        actor_optimizer, critic_optimizer), data.device)
+        one_fit = partial(update_vae, args, data, actor.vae, vae_optimizer)
+        fit_first("VAE", record_on_cuda(one_fit, data.device), fitted, args.vae_steps, run)
+    one_update = record_on_cuda(partial(update, args, data, **learned), data.device)
     for step in range(start + 1, args.steps + 1):
-        metrics = one_update()
-        run.step(step, metrics, actor.act)
-    run.finish(actor)
+        run.step(step, one_update())
+    run.finish()
 
 
 if __name__ == "__main__":

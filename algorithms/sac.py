@@ -1,33 +1,41 @@
-"""Soft Actor-Critic, offline ("SAC-off") and online.
+"""Soft Actor-Critic (SAC), run on a fixed dataset ("SAC-off").
 
-Haarnoja et al., "Soft Actor-Critic Algorithms and Applications", arXiv 1812.05905 (first: ICML 2018, arXiv 1801.01290).
+Haarnoja et al., "Soft Actor-Critic Algorithms and Applications", arXiv 1812.05905; first at
+ICML 2018, arXiv 1801.01290. Offline as in D4RL's paper, arXiv 2004.07219.
 Notes: Offline RL的主要问题 ⇒ Distributional Shift.
 
-SAC learns Q of a policy that maximises reward plus entropy, and moves the policy towards actions that Q likes. Online,
-acting on a wrong Q corrects it. Offline (`--env hopper-medium`) nothing does: the target asks Q about the policy's own
-actions, which the data never tried, an error there is chosen because it looks good, and bootstrapping feeds it back.
-That is the notes' distributional shift; watch `q_policy` run away, drag `q_data` with it, and the return collapse.
+SAC learns Q of a policy that maximises reward plus entropy, and moves the policy towards actions
+whose Q is large. Online, acting on a wrong Q corrects it. Offline nothing does: the target asks for
+Q at the policy's own actions, which the data lack; the policy selects the actions whose error is
+positive, and bootstrapping feeds the error back into Q. This is the distributional shift of the
+notes.
 
-  (E1) ã = tanh(u), u = μ(s) + σ(s)·ε,  log π(ã|s) = Σ_i [ log N(u_i; μ_i, σ_i) − 2(log 2 − u_i − softplus(−2u_i)) ]
+  (E1) ã = tanh(u),  u = μ(s) + σ(s)·ε,
+       log π(ã|s) = Σ_i [ log N(u_i; μ_i, σ_i) − 2(log 2 − u_i − softplus(−2u_i)) ]
   (E2) y = r + γ (1 − d) ( min_k Q̄_k(s′, ã′) − α log π(ã′|s′) ),  ã′ ~ π(·|s′)
   (E3) L_Q = Σ_k E_D[ (Q_k(s, a) − y)² ]
   (E4) L_π = E_D[ α log π(ã|s) − min_k Q_k(s, ã) ],  ã ~ π(·|s)
   (E5) L_α = E_D[ −log α · (log π(ã|s) + H̄) ],  H̄ = −dim(A)
   (E6) Q̄ ← Q̄ + rate · (Q − Q̄)
 
-Shapes: B batch, S observation, A action, K = 2 critics. d is terminated: a truncated episode bootstraps.
-Observations are raw, as in the papers; actions lie in [-1, 1] and the actor converts them to the environment's units.
+Shapes: B batch, S observation, A action, K = 2 critics. d is terminated: a truncated episode
+bootstraps. Observations are raw, as in the papers; actions lie in [-1, 1] and the actor converts
+them to the environment's units.
 
 Differences from the papers and from rlkit, the code family that made D4RL's data:
-  D1 Steps are taken one after the other, Q, π, α, targets, as OfflineRL-Kit does; rlkit builds all losses first.
-  D2 Target critics start as copies; rlkit's start as other random networks, which 1000 updates forget.
-  D3 PyTorch's default initialisation in place of rlkit's, as CleanRL does.
+  D1 The steps are taken one after the other, Q, π, α, targets, as in OfflineRL-Kit; rlkit builds
+     all losses first.
+  D2 Target critics start as copies. rlkit's start as other random networks, which no longer matters
+     after 1000 updates.
+  D3 PyTorch's default initialisation in place of rlkit's, as in CleanRL.
   D4 (E5) multiplies log α [rlkit], not α [CleanRL, d3rlpy]: the same fixed point, another speed.
 
+Watch: q_policy. A healthy run would keep it below the largest discounted return of the data, as
+td3_bc.py does. Here it grows without bound, q_data follows, and the return falls.
+
 Run:     python algorithms/sac.py --env hopper-medium
-         python algorithms/sac.py --online --env hopper
-Expect:  offline, hopper-medium (the data score 44): 0.6 after 100,000 updates, seed 0, and a mean Q of 1.6e8 at the policy's
-         actions, where no return in the data exceeds 2,900: it fails as it should. 9 minutes on 2 cores; results/curves/.
+Expect:  a score near 0 while q_policy passes any possible return: the failure that the other
+         files are about. Scores and curves: results/README.md.
 """
 import copy
 import math
@@ -36,52 +44,53 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # lets this file find common.py
+from common import Batch, Dataset, Run, check_range, load_dataset, record_on_cuda
+
 import torch
 import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # lets this file find common.py
-from common import SUITE, Batch, Dataset, Run, check, load_dataset, make_env, record_on_cuda, write_atomically
-
 
 @dataclass
 class Args:
     # run
-    env: str = "hopper-medium"  # suite dataset, Minari id or path of a D4RL .hdf5 file; with --online a body: hopper
+    env: str = "hopper-medium"  # suite dataset, Minari id, or path of a .hdf5 or .npz file
     seed: int = 0  # of networks, batches and evaluation episodes
-    steps: int = 1_000_000  # gradient updates; online also steps in the environment [=]
-    batch_size: int = 256  # transitions per update [C rlkit]
+    steps: int = 1_000_000  # gradient updates [=]
     device: str = "auto"  # auto, cpu or cuda
+    threads: int = 0  # of the CPU; 0: one for light updates, up to four for heavy ones
     eval_every: int = 5_000  # updates between evaluations, and between checkpoints [=]
     eval_episodes: int = 10  # per evaluation [=]
     final_episodes: int = 100  # behind the final score [=]
+    eval_env: str = "auto"  # auto: as recorded; none: no evaluation; or a Gymnasium id
+    holdout: float = 0.0  # share of episodes kept from training, for fqe.py
     out: str = "runs"  # folder for results
-    resume: bool = False  # go on from the last checkpoint
+    resume: bool = False  # continue from the last checkpoint
     # optimisation
+    batch_size: int = 256  # transitions per update [C rlkit]
     actor_lr: float = 3e-4  # Adam, for π and α [C rlkit]
     critic_lr: float = 3e-4  # Adam [C rlkit]
     gamma: float = 0.99  # discount γ [C rlkit]
     target_rate: float = 0.005  # share of the new weights in (E6) [C rlkit]
-    # SAC, online
-    online: bool = False  # act in the real environment, learn from what was lived so far
-    random_steps: int = 5_000  # first steps, with uniform actions and no update [C CleanRL]
-    snapshot_every: int = 10_000  # steps between saved policies, the makings of behaviour data [=]
 
 
 HIDDEN = (256, 256)  # widths of actor and critics [C rlkit]
-LOG_STD_MIN, LOG_STD_MAX = -20.0, 2.0  # [C rlkit]
+LOG_STD_MIN = -20.0  # [C rlkit]
+LOG_STD_MAX = 2.0  # [C rlkit]
 
 
 def mlp(*widths: int) -> nn.Sequential:
     """Linear layers of these widths with ReLU between them."""
-    layers = [layer for i, o in zip(widths, widths[1:]) for layer in (nn.Linear(i, o), nn.ReLU())]
+    layers = []
+    for inputs, outputs in zip(widths, widths[1:]):
+        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 
 
 class Actor(nn.Module):
-    """Tanh-Gaussian π(a|s) on [-1, 1]^A. Its buffers hold the units, so a saved policy eats raw observations."""
+    """Tanh-Gaussian π(a|s) on [-1, 1]^A. Its buffers hold the environment's action units."""
 
     def __init__(self, obs_dim: int, action_dim: int):
         super().__init__()
@@ -100,17 +109,18 @@ class Actor(nn.Module):
 
     @torch.no_grad()
     def act(self, obs: Tensor) -> Tensor:
-        """Raw observations (B, S) to the environment's actions (B, A), without noise: tanh of the mean."""
-        return self.to_env(torch.tanh(self(obs)[0]))
+        """Raw observations (B, S) to the environment's actions (B, A): tanh(mean), no noise."""
+        mean, _ = self(obs)
+        return self.to_env(torch.tanh(mean))
 
 
 def sample_action(mean: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor]:
-    """(E1) actions (..., A) drawn with the reparameterisation trick, and their log-densities (...)."""
-    # (E1)
+    """(E1) actions (..., A), drawn with the reparameterisation trick, and their log π (...)."""
+    # (E1) the second term of log_prob is log(1 − tanh²u), in a form that does not overflow
     noise = torch.randn_like(mean)
     u = mean + log_std.exp() * noise
     log_normal = -0.5 * noise**2 - log_std - 0.5 * math.log(2 * math.pi)
-    log_prob = log_normal - 2 * (math.log(2) - u - F.softplus(-2 * u))  # log(1 − tanh²u) without overflow
+    log_prob = log_normal - 2 * (math.log(2) - u - F.softplus(-2 * u))
     return torch.tanh(u), log_prob.sum(-1)
 
 
@@ -133,22 +143,27 @@ class Critic(nn.Module):
     def __init__(self, obs_dim: int, action_dim: int, num: int = 2):
         super().__init__()
         widths = (obs_dim + action_dim, *HIDDEN, 1)
-        self.layers = nn.ModuleList(EnsembleLinear(num, i, o) for i, o in zip(widths, widths[1:]))
+        self.layers = nn.ModuleList()
+        for inputs, outputs in zip(widths, widths[1:]):
+            self.layers.append(EnsembleLinear(num, inputs, outputs))
 
     def forward(self, obs: Tensor, action: Tensor) -> Tensor:
-        x = torch.cat([obs, action], dim=-1).expand(len(self.layers[0].weight), -1, -1)  # (K, B, S + A)
+        num = len(self.layers[0].weight)
+        x = torch.cat([obs, action], dim=-1).expand(num, -1, -1)  # (K, B, S + A)
         for layer in self.layers[:-1]:
             x = F.relu(layer(x))
         return self.layers[-1](x).squeeze(-1)
 
 
 @torch.no_grad()
-def soft_td_target(actor: Actor, critic_target: Critic, entropy_coef: Tensor, batch: Batch, gamma: float) -> Tensor:
+def soft_td_target(actor: Actor, critic_target: Critic, entropy_coef: Tensor, batch: Batch,
+                   gamma: float) -> Tensor:
     """(E2): the regression target y, (B,)."""
-    # (E2) offline, this is where it goes wrong: next_action need not resemble anything in the data
+    # (E2) offline the error enters here: next_action need not resemble any action in the data
     next_action, next_log_prob = sample_action(*actor(batch.next_obs))
     next_q = critic_target(batch.next_obs, next_action).min(dim=0).values
-    return batch.reward + gamma * (1 - batch.terminated) * (next_q - entropy_coef * next_log_prob)
+    soft_value = next_q - entropy_coef * next_log_prob
+    return batch.reward + gamma * (1 - batch.terminated) * soft_value
 
 
 def critic_loss(critic: Critic, batch: Batch, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -159,22 +174,24 @@ def critic_loss(critic: Critic, batch: Batch, y: Tensor) -> tuple[Tensor, Tensor
     return (q - y).pow(2).mean(dim=1).sum(), q.detach().mean()
 
 
-def actor_loss(actor: Actor, critic: Critic, entropy_coef: Tensor, obs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def actor_loss(actor: Actor, critic: Critic, entropy_coef: Tensor,
+               obs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(E4); also log π (B,), which (E5) needs, and the mean Q of the policy's actions."""
     action, log_prob = sample_action(*actor(obs))
     q = critic(obs, action)  # (K, B)
     # (E4)
-    return (entropy_coef * log_prob - q.min(dim=0).values).mean(), log_prob.detach(), q.detach().mean()
+    loss = (entropy_coef * log_prob - q.min(dim=0).values).mean()
+    return loss, log_prob.detach(), q.detach().mean()
 
 
 def entropy_coef_loss(log_entropy_coef: Tensor, log_prob: Tensor, target_entropy: float) -> Tensor:
-    """(E5): α grows while the policy's entropy is below its target."""
-    # (E5)
+    """(E5): the loss of the entropy coefficient α; log_prob carries no gradient."""
+    # (E5) E[−log π] is the entropy: α grows while it is below its target
     return -(log_entropy_coef * (log_prob + target_entropy)).mean()
 
 
 def descend(loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
-    """One gradient step on the optimizer's own parameters; for no others is a gradient computed."""
+    """One gradient step on the optimizer's own parameters; no others get a gradient."""
     optimizer.zero_grad()
     loss.backward(inputs=optimizer.param_groups[0]["params"])
     optimizer.step()
@@ -186,8 +203,9 @@ def polyak_update(target: nn.Module, online: nn.Module, rate: float) -> None:
     torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), rate)
 
 
-def update(args: Args, data: Dataset, actor: Actor, critic: Critic, critic_target: Critic, log_entropy_coef: Tensor,
-           actor_optimizer, critic_optimizer, entropy_optimizer) -> dict[str, Tensor]:
+def update(args: Args, data: Dataset, actor: Actor, critic: Critic, critic_target: Critic,
+           log_entropy_coef: Tensor, actor_optimizer, critic_optimizer,
+           entropy_optimizer) -> dict[str, Tensor]:
     """One step of SAC: Q, π, α, targets."""
     batch = data.sample(args.batch_size)
     entropy_coef = log_entropy_coef.detach().exp()
@@ -199,65 +217,41 @@ def update(args: Args, data: Dataset, actor: Actor, critic: Critic, critic_targe
     pi_loss, log_prob, q_policy = actor_loss(actor, critic, entropy_coef, batch.obs)
     descend(pi_loss, actor_optimizer)
 
-    descend(entropy_coef_loss(log_entropy_coef, log_prob, -data.action_dim), entropy_optimizer)
+    alpha_loss = entropy_coef_loss(log_entropy_coef, log_prob, -data.action_dim)
+    descend(alpha_loss, entropy_optimizer)
 
     # (E6)
     polyak_update(critic_target, critic, args.target_rate)
-    return {"critic_loss": q_loss.detach(), "q_data": q_data, "q_policy": q_policy, "entropy": -log_prob.mean(),
-            "entropy_coef": entropy_coef}
-
-
-def interact(args: Args, data: Dataset, actor: Actor, start: int):
-    """Online only: each next() takes one step in the environment and stores it. A resumed run begins a new episode."""
-    env = make_env(data.env_id, "training")
-    obs, _ = env.reset(seed=args.seed + start)
-    while True:
-        with torch.no_grad():
-            action = 2 * torch.rand(1, data.action_dim, device=data.device) - 1
-            if data.size >= args.random_steps:
-                action, _ = sample_action(*actor(torch.as_tensor(obs[None], dtype=torch.float32, device=data.device)))
-            next_obs, reward, terminated, truncated, _ = env.step(actor.to_env(action)[0].cpu().numpy())
-        # `truncated` is not stored: a time limit is not the end of the task
-        row = np.concatenate([obs, action[0].cpu().numpy(), next_obs, [reward, terminated]])
-        data.packed[int(data.size)] = torch.as_tensor(row)
-        data.size += 1
-        obs = env.reset()[0] if terminated or truncated else next_obs
-        yield
+    return {"critic_loss": q_loss.detach(), "q_data": q_data, "q_policy": q_policy,
+            "entropy": -log_prob.mean(), "entropy_coef": entropy_coef}
 
 
 def train(args: Args) -> None:
-    if args.online:
-        check(args.env in SUITE, f"--online takes a body, one of {', '.join(SUITE)}, not '{args.env}'")
-        data = Dataset(args.env, SUITE[args.env][0], args.steps, args.device, SUITE[args.env][1:])
-        check(not data.num_actions, f"{args.env} has discrete actions, this algorithm needs the other kind; try dqn.py")
-    else:
-        data = load_dataset(args.env, args.device)
-    run = Run(args, data, variant="-online" if args.online else "")
+    check_range(args, "batch_size", 1)
+    check_range(args, "actor_lr critic_lr", 0)
+    check_range(args, "gamma target_rate", 0, 1)
+    data = load_dataset(args.env, args.device, eval_env=args.eval_env, holdout=args.holdout)
+    run = Run(args, data, gflop=0.56)
+
     actor = Actor(data.obs_dim, data.action_dim).to(data.device)
     actor.action_mid, actor.action_half = data.action_mid, data.action_half
     critic = Critic(data.obs_dim, data.action_dim).to(data.device)
-    critic_target = copy.deepcopy(critic)
     log_entropy_coef = torch.zeros((), device=data.device, requires_grad=True)
     adam = partial(torch.optim.Adam, fused=True, capturable=data.device.type == "cuda")
-    actor_optimizer = adam(actor.parameters(), lr=args.actor_lr)
-    critic_optimizer = adam(critic.parameters(), lr=args.critic_lr)
-    entropy_optimizer = adam([log_entropy_coef], lr=args.actor_lr)
-
-    memory = {"packed": data.packed, "size": data.size} if args.online else {}
-    start = run.resume(actor=actor, critic=critic, critic_target=critic_target, log_entropy_coef=log_entropy_coef,
-                       actor_optimizer=actor_optimizer, critic_optimizer=critic_optimizer,
-                       entropy_optimizer=entropy_optimizer, **memory)
-    one_update = record_on_cuda(partial(update, args, data, actor, critic, critic_target, log_entropy_coef,
-                                        actor_optimizer, critic_optimizer, entropy_optimizer), data.device)
-    environment = interact(args, data, actor, start) if args.online else None
+    learned = {
+        "actor": actor,
+        "critic": critic,
+        "critic_target": copy.deepcopy(critic),
+        "log_entropy_coef": log_entropy_coef,
+        "actor_optimizer": adam(actor.parameters(), lr=args.actor_lr),
+        "critic_optimizer": adam(critic.parameters(), lr=args.critic_lr),
+        "entropy_optimizer": adam([log_entropy_coef], lr=args.actor_lr),
+    }
+    start = run.begin(learned, actor)
+    one_update = record_on_cuda(partial(update, args, data, **learned), data.device)
     for step in range(start + 1, args.steps + 1):
-        if args.online:
-            next(environment)
-            if step % args.snapshot_every == 0:
-                write_atomically(run.folder / "snapshots" / f"{step:07d}.pt", lambda path: torch.save(actor.state_dict(), path))
-        metrics = one_update() if not args.online or step > args.random_steps else {}
-        run.step(step, metrics, actor.act)
-    run.finish(actor)
+        run.step(step, one_update())
+    run.finish()
 
 
 if __name__ == "__main__":

@@ -3,11 +3,13 @@ import os
 import sys
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "algorithms")]
+import common  # noqa: F401  before torch: it settles how threads wait
+
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "algorithms")]
 torch.set_num_threads(1)
 
 

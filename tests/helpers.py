@@ -3,12 +3,18 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable
-
-import torch
-from conftest import ROOT
-from torch import nn
+from pathlib import Path
+from types import SimpleNamespace
 
 from common import Batch, Dataset
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from gymnasium import spaces
+from torch import nn
 
 QUICK = ["--env", "pendulum-medium", "--eval-episodes", "2", "--final-episodes", "2", "--device", "cpu"]
 
@@ -154,28 +160,27 @@ def tiny_batch(terminated=(0, 1, 0, 0), obs_dim: int = 3, action_dim: int = 2) -
 
 
 def tiny_data(n: int = 12, action_dim: int = 2) -> Dataset:
-    """n random transitions in three episodes. Pendulum lends its three observations, and must bear a second action."""
-    data = Dataset("tiny", "Pendulum-v1", n, "cpu", (0.0, 1.0))
-    data.action_dim = action_dim
-    data.action_mid, data.action_half = torch.full((action_dim,), 0.5), torch.arange(1.0, action_dim + 1)
+    """n random transitions with three observations, in three episodes; actions in units of their own."""
     batch = tiny_batch([float(i == 3) for i in range(n)], action_dim=action_dim)
-    scalars = torch.stack([batch.reward, batch.terminated], dim=1)
-    data.packed = torch.cat([batch.obs, batch.action, batch.next_obs, scalars], dim=1)
-    data.truncated[7::4] = True
-    data.size.fill_(n)
+    data = Dataset("tiny", batch._asdict() | {"truncated": ends_every_four(n)}, spaces.Box(-1, 1, (action_dim,)),
+                   gym.spec("Pendulum-v1").to_json(), (0.0, 1.0))
+    data.action_mid, data.action_half = torch.full((action_dim,), 0.5), torch.arange(1.0, action_dim + 1)
     return data
 
 
 def tiny_discrete_data(n: int = 12, obs_dim: int = 3, num_actions: int = 3) -> Dataset:
-    """As tiny_data, with numbered actions; Acrobot lends its three."""
-    data = Dataset("tiny", "Acrobot-v1", n, "cpu", (0.0, 1.0))
-    data.obs_dim, data.num_actions = obs_dim, num_actions
+    """As tiny_data, with numbered actions."""
     batch = tiny_batch([float(i == 3) for i in range(n)], obs_dim=obs_dim)
-    scalars = torch.stack([batch.reward, batch.terminated], dim=1)
-    data.packed = torch.cat([batch.obs, torch.randint(num_actions, (n, 1)), batch.next_obs, scalars], dim=1)
-    data.truncated[7::4] = True
-    data.size.fill_(n)
-    return data
+    batch = batch._replace(action=torch.randint(num_actions, (n,)))
+    return Dataset("tiny", batch._asdict() | {"truncated": ends_every_four(n)}, spaces.Discrete(num_actions),
+                   gym.spec("Acrobot-v1").to_json(), (0.0, 1.0))
+
+
+def ends_every_four(n: int) -> torch.Tensor:
+    """Truncated after rows 7, 11, ..."""
+    truncated = torch.zeros(n, dtype=torch.bool)
+    truncated[7::4] = True
+    return truncated
 
 
 def flat(net: nn.Module) -> torch.Tensor:
@@ -200,23 +205,26 @@ class SilentRun:
     """Stands in for common.Run while a test calls train: keeps the state after each step, writes nothing."""
     last = None
 
-    def __init__(self, args, data, variant=""):
+    def __init__(self, args, data, variant="", gflop=0.0):
         SilentRun.last, self.variant, self.history = self, variant, []
 
     def snapshot(self):
         self.history.append({name: flat(part) if isinstance(part, nn.Module) else part.detach().clone()
                              for name, part in self.state.items() if not isinstance(part, torch.optim.Optimizer)})
 
-    def resume(self, **state):
-        self.state = state
+    def begin(self, parts, actor):
+        self.state, self.actor = parts, actor
         self.snapshot()
         return 0
 
-    def step(self, step, metrics, act):
+    def step(self, step, metrics):
         self.snapshot()
 
-    def finish(self, actor):
-        self.actor = actor
+    def save(self, step):
+        pass
+
+    def finish(self):
+        pass
 
     def steps_that_moved(self, name) -> list[int]:
         """The steps, from 1, at which this part of the state changed."""
@@ -246,3 +254,103 @@ def run(name: str, out, *arguments: str, code: int = 0, **options) -> subprocess
 
 def folder(name: str, out, env: str = "pendulum-medium"):
     return out / name / env / "seed0"
+
+
+class Pixels(gym.Env):
+    """A game on the screen, as Atari's: the left or the right half is bright; press that side (3 or 4), five times."""
+
+    def __init__(self, shape=(4, 84, 84)):
+        self.observation_space = spaces.Box(0, 255, tuple(shape), np.uint8)
+        self.action_space = spaces.Discrete(2, start=3)
+
+    def screen(self):
+        shape = self.observation_space.shape
+        screen = np.zeros(shape, np.uint8)
+        wide = screen if shape[0] < 36 or len(shape) == 2 else np.moveaxis(screen, 1, -1)  # the last axis is the width
+        middle = wide.shape[-1] // 2
+        wide[..., slice(middle, None) if self.right else slice(middle)] = 255
+        return screen
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.left, self.right = 5, int(self.np_random.integers(2))
+        return self.screen(), {}
+
+    def step(self, action):
+        reward = 10.0 * (action - 3 == self.right)
+        self.left, self.right = self.left - 1, int(self.np_random.integers(2))
+        return self.screen(), reward, self.left == 0, False, {}
+
+
+def build_pixels(monkeypatch, root, shape) -> tuple[str, list]:
+    """A Minari dataset of 20 random episodes of Pixels; its id, and the episodes."""
+    import minari  # slow to import, and needed here alone
+    from minari.data_collector import EpisodeBuffer
+
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(root))
+    if "Pixels-v0" not in gym.registry:
+        gym.register("Pixels-v0", "helpers:Pixels", max_episode_steps=50)
+    env, rng, episodes = gym.make("Pixels-v0", shape=list(shape)), np.random.default_rng(0), []
+    for seed in range(20):
+        obs, action, reward = [env.reset(seed=seed)[0]], 3 + rng.integers(2, size=5), []
+        for a in action:
+            step = env.step(a)
+            obs.append(step[0])
+            reward.append(step[1])
+        ends = np.arange(5) == 4
+        episodes.append(EpisodeBuffer(observations=np.array(obs), actions=action, rewards=np.array(reward), terminations=ends,
+                                      truncations=ends & False, infos={}))
+    name = "test/pixels" + "x".join(map(str, shape)) + "-v0"
+    with pytest.warns(UserWarning):
+        minari.create_dataset_from_buffers(name, episodes, env=env)
+    return name, episodes
+
+
+def one_state_data(n: int, action_dim: int = 1) -> Dataset:
+    """One state, for ever: observations, actions, rewards and terminations are 0, for a test to fill in."""
+    data = tiny_data(n, action_dim)
+    for column in (data.obs, data.action, data.reward, data.next_obs, data.terminated):
+        column.zero_()
+    return data
+
+
+MODEL = dict(batch_size=64, dynamics_epochs=1, rollout_starts=100, rollout_every=15)
+SMALL = {  # settings with which 50 updates take a test's time and get to every part of a file
+    "awac": dict(batch_size=64), "awr": dict(value_steps=10, actor_steps=15), "bcq": dict(batch_size=16, num_samples=2),
+    "bear": dict(batch_size=16, num_samples=2), "brac": dict(behavior_steps=20, warm_start_steps=15),
+    "combo": MODEL | dict(num_samples=2), "cql": dict(batch_size=32, num_samples=2),
+    "decision_transformer": dict(batch_size=8, warmup_steps=10), "edac": dict(batch_size=64, num_critics=3),
+    "mabcq": dict(agents=1, batch_size=16, num_samples=2), "mopo": MODEL, "morel": MODEL, "msg": dict(batch_size=32, num_critics=3),
+    "plas": dict(vae_steps=20), "rebrac": dict(batch_size=64),
+    "uwac": dict(batch_size=16, num_samples=2, passes=2, warm_up_steps=25),
+}
+
+
+def run_of(name: str, out="runs", env: str = "*", seed: int = 0):
+    """The folder of the run of this file, whose variant may be in the name."""
+    found = Path(out).glob(f"{name}*/{env}/seed{seed}")
+    (found,) = [path for path in found if path.parent.parent.name.split("-")[0] == name]
+    return found
+
+
+class SerialPool:
+    """Stands in for a pool of processes, each of which would load torch."""
+
+    def __init__(self, *_):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    imap = staticmethod(map)
+
+
+def build(monkeypatch, body: str, level: str, count: int) -> None:
+    """A dataset of the suite with fewer transitions, in this process."""
+    monkeypatch.syspath_prepend(ROOT / "results" / "behavior")
+    import collect
+    monkeypatch.setattr(collect.multiprocessing, "get_context", lambda _: SimpleNamespace(Pool=SerialPool))
+    collect.build(body, level, count)

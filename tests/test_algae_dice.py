@@ -186,7 +186,7 @@ def test_entropy_coef_steers_the_entropy(log_std, direction):
     actor.net[-1].bias.data[2:] = log_std
     log_alpha = torch.tensor(-0.5, requires_grad=True)
     metrics = algae_dice.update(Args(batch_size=12), data, algae_dice.first_obs(data), actor, critic, target, log_alpha,
-                                *sgd(actor, critic, log_alpha), True)
+                                *sgd(actor, critic, log_alpha), update_actor=True)
     assert torch.sign(metrics["entropy"] + 2) == -direction, "the test's own premise"
     assert np.sign(log_alpha.item() + 0.5) == direction
 
@@ -405,7 +405,7 @@ def test_bandit(monkeypatch):
 def test_s0_is_the_first_of_each_episode():
     """tiny_data has episodes of rows 0-3 (a termination), 4-7 and 8-11 (time limits)."""
     data = tiny_data()
-    assert torch.equal(algae_dice.first_obs(data), data.columns(data.packed).obs[[0, 4, 8]])
+    assert torch.equal(algae_dice.first_obs(data), data.obs[[0, 4, 8]])
 
 
 def test_s0_is_drawn_from_the_episodes_starts(monkeypatch):
@@ -413,7 +413,7 @@ def test_s0_is_drawn_from_the_episodes_starts(monkeypatch):
     data, seen, real = tiny_data(), [], algae_dice.critic_loss
     monkeypatch.setattr(algae_dice, "critic_loss", lambda *args: seen.append(args[5]) or real(*args))
     silent_train(monkeypatch, algae_dice, data, steps=3, batch_size=64)
-    starts = data.columns(data.packed).obs[[0, 4, 8]]
+    starts = data.obs[[0, 4, 8]]
     assert [len(initial_obs) for initial_obs in seen] == [64] * 3
     assert all(set(map(tuple, initial_obs.tolist())) == set(map(tuple, starts.tolist())) for initial_obs in seen)
 
@@ -425,8 +425,8 @@ def sgd(actor, critic, log_alpha, lr=0.01):
     return [torch.optim.SGD(part, lr=lr) for part in (actor.parameters(), critic.parameters(), [log_alpha])]
 
 
-@pytest.mark.parametrize("delayed", [False, True])
-def test_update_is_the_algorithm_box(delayed):
+@pytest.mark.parametrize("update_actor", [False, True])
+def test_update_is_the_algorithm_box(update_actor):
     """Q; in its turn π on the new Q, with samples of its own, then α on these, each with the old α; then (E8), exactly."""
     args = Args(batch_size=4, target_rate=0.3, **ARGS)
     data, nets = tiny_data(), [*networks(), torch.tensor(-0.5, requires_grad=True)]
@@ -434,15 +434,15 @@ def test_update_is_the_algorithm_box(delayed):
     optimizers, first = sgd(nets[0], nets[1], nets[3]), algae_dice.first_obs(data)
     for seed in range(2):  # twice, so that no gradient is left over
         torch.manual_seed(seed)
-        metrics = algae_dice.update(args, data, first, *nets, *optimizers, delayed)
+        metrics = algae_dice.update(args, data, first, *nets, *optimizers, update_actor=update_actor)
 
         torch.manual_seed(seed)
         batch, alpha = data.sample(4), log_alpha.detach().exp()
-        initial_obs = first[(torch.rand(4) * 3).long()]
+        initial_obs = first[torch.randint(3, (4,))]
         q_loss, residual = algae_dice.critic_loss(actor, critic, target, alpha, batch, initial_obs, args)
         q_grad = step_by_hand(q_loss, list(critic.parameters()), 0.01)
         expected = dict(critic_loss=q_loss, residual=residual)
-        if delayed:
+        if update_actor:
             loss, log_prob, weight, q0 = algae_dice.actor_loss(actor, critic, target, alpha, batch, initial_obs, args)
             step_by_hand(loss, list(actor.parameters()), 0.01)
             log_alpha.data += 0.01 * alpha * (log_prob.mean() - 2)

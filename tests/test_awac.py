@@ -271,9 +271,10 @@ def test_train_moves_every_part_each_step(monkeypatch):
 def test_only_the_actors_weights_decay(monkeypatch):
     settings, original = [], awac.update
 
-    def spy(*args):
-        settings.append([(opt.param_groups[0]["lr"], opt.param_groups[0]["weight_decay"]) for opt in args[-2:]])
-        return original(*args)
+    def spy(*args, **learned):
+        optimizers = [learned["actor_optimizer"], learned["critic_optimizer"]]
+        settings.append([(opt.param_groups[0]["lr"], opt.param_groups[0]["weight_decay"]) for opt in optimizers])
+        return original(*args, **learned)
 
     monkeypatch.setattr(awac, "update", spy)
     silent_train(monkeypatch, awac, tiny_data(), steps=1, batch_size=4, actor_lr=0.2, critic_lr=0.3, weight_decay=0.4)
@@ -300,10 +301,11 @@ def test_the_better_of_two_modes(monkeypatch, seed):
     for beta in (1e6, 0.2):
         torch.manual_seed(seed)
         data = tiny_data(64, action_dim=1)
-        data.packed.zero_()
-        columns = data.columns(data.packed)
-        columns.action[:, 0] = torch.tensor([-0.6, 0.6]).repeat(32)
-        columns.reward[:], columns.terminated[:] = torch.tensor([0.0, 1.0]).repeat(32), 1.0
+        data.obs.zero_()
+        data.next_obs.zero_()
+        data.action[:, 0] = torch.tensor([-0.6, 0.6]).repeat(32)
+        data.reward[:] = torch.tensor([0.0, 1.0]).repeat(32)
+        data.terminated[:] = 1.0
         modes[beta], _ = train_on(data, monkeypatch, 200, beta=beta)
     assert abs(modes[1e6]) < 0.25 and 0.45 < modes[0.2] < 0.7, modes
 
@@ -312,8 +314,9 @@ def test_it_stays_where_sac_leaves_the_data(monkeypatch):
     """The corridor of test_cql.py: actions in [−0.2, 0.2] earn r = a for ever, so no data action is worth more than 2."""
     torch.manual_seed(0)
     data = tiny_data(256, action_dim=1)
-    data.packed.zero_()
-    data.columns(data.packed).action[:, 0] = data.columns(data.packed).reward[:] = torch.linspace(-0.2, 0.2, 256)
+    for column in (data.obs, data.next_obs, data.terminated):
+        column.zero_()
+    data.action[:, 0] = data.reward[:] = torch.linspace(-0.2, 0.2, 256)
     action, q = train_on(data, monkeypatch, 250, beta=0.1, gamma=0.9, target_rate=0.2)
     assert 0.05 < action < 0.25 and q < 2, "above the data's average, 0, and within the data"
 
@@ -323,3 +326,13 @@ def test_it_stays_where_sac_leaves_the_data(monkeypatch):
     for _ in range(200):
         sac.update(sac.Args(batch_size=32, gamma=0.9, target_rate=0.2), data, *parts, *optimizers)
     assert parts[0].act(torch.zeros(1, 3)).item() > 0.9
+
+
+# ---- settings
+
+
+@pytest.mark.parametrize("setting, value", [("beta", 0.0), ("batch_size", 0), ("weight_decay", -1.0), ("target_rate", 1.1)])
+def test_settings_out_of_range_are_refused(monkeypatch, capsys, setting, value):
+    with pytest.raises(SystemExit) as stop:
+        silent_train(monkeypatch, awac, tiny_data(), steps=2, **{setting: value})
+    assert stop.value.code == 2 and f"--{setting.replace('_', '-')} must be" in capsys.readouterr().err

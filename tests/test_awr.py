@@ -31,7 +31,7 @@ def uneven_data():
     data = tiny_data()
     data.truncated[:] = False
     data.truncated[8] = True
-    data.columns(data.packed).terminated[9] = 1.0
+    data.terminated[9] = 1.0
     return data
 
 
@@ -41,7 +41,7 @@ def slow_value(value, obs, gamma):
 
 def slow_returns(value, data, gamma, td_lambda):
     """Row by row from the back; episodes are told by hand. After a last row comes its own next_obs, not the next row."""
-    batch, returns = data.columns(data.packed), [0.0] * 12
+    batch, returns = data.rows(torch.arange(12)), [0.0] * 12
     for t in reversed(range(12)):
         if t in (3, 9):
             rest = 0.0
@@ -77,7 +77,7 @@ def test_td_lambda_returns_equal_a_loop(td_lambda):
     value, data = make(Value, 3), uneven_data()
     returns, v = awr.td_lambda_returns(value, data, 0.9, td_lambda)
     assert_close(returns, slow_returns(value, data, 0.9, td_lambda))
-    assert_close(v, [slow_value(value, obs, 0.9) for obs in data.columns(data.packed).obs])
+    assert_close(v, [slow_value(value, obs, 0.9) for obs in data.obs])
     assert not returns.requires_grad and not v.requires_grad
 
 
@@ -97,7 +97,7 @@ def test_value_loss_equals_a_loop():
 def test_advantage_equals_a_loop():
     """(E3): returns minus V, of all the data."""
     value, data = make(Value, 3), uneven_data()
-    obs, returns = data.columns(data.packed).obs, slow_returns(value, data, 0.9, 0.6)
+    obs, returns = data.obs, slow_returns(value, data, 0.9, 0.6)
     adv = awr.advantage(value, data, 0.9, 0.6)
     assert_close(adv, [returns[t] - slow_value(value, obs[t], 0.9) for t in range(12)])
     assert not adv.requires_grad
@@ -145,8 +145,8 @@ def three_steps(terminated):
     """r = 1, 1, 1."""
     data = tiny_data(3)
     data.truncated[:] = torch.tensor([False, False, not terminated])
-    batch = data.columns(data.packed)
-    batch.reward[:], batch.terminated[:] = 1.0, torch.tensor([0.0, 0.0, float(terminated)])
+    data.reward[:] = 1.0
+    data.terminated[:] = torch.tensor([0.0, 0.0, float(terminated)])
     return data
 
 
@@ -167,8 +167,8 @@ def test_known_returns(td_lambda, value, terminated, expected):
 def test_a_true_value_is_a_fixed_point_for_every_lambda():
     """Rewards 1 for ever, V = 1 / (1 − γ): every λ gives R = V, and so Â = 0."""
     data = uneven_data()
-    batch = data.columns(data.packed)
-    batch.reward[:], batch.terminated[:] = 1.0, 0.0
+    data.reward[:] = 1.0
+    data.terminated[:] = 0.0
     data.truncated[3] = data.truncated[9] = True
     for td_lambda in (0.0, 0.5, 1.0):
         returns, _ = awr.td_lambda_returns(lambda obs: torch.ones(len(obs)), data, 0.9, td_lambda)
@@ -237,9 +237,9 @@ def test_a_new_actor_does_nothing_yet():
 def test_standardisation_round_trip(monkeypatch):
     """In training mean 0 and std / (std + 0.001); the finished actor's input and output are in raw units, clipped."""
     data = tiny_data()
-    raw = data.columns(data.packed.clone())
+    raw = data.rows(torch.arange(12))
     run = silent_train(monkeypatch, awr, data, steps=2, batch_size=4)
-    seen = data.columns(data.packed)
+    seen = data.rows(torch.arange(12))
     std = raw.obs.std(0, correction=0)
     assert_close(seen.obs.mean(0), torch.zeros(3))
     assert_close(seen.obs.std(0, correction=0), std / (std + 1e-3))
@@ -253,8 +253,8 @@ def test_standardisation_round_trip(monkeypatch):
 # ---- the update
 
 
-@pytest.mark.parametrize("actors_turn", [False, True])
-def test_update_is_the_algorithm_box(actors_turn):
+@pytest.mark.parametrize("update_actor", [False, True])
+def test_update_is_the_algorithm_box(update_actor):
     """V on its rows' returns, or π on its rows' weights; the other one keeps still."""
     args, data, nets = Args(batch_size=4, gamma=0.9, bound_weight=3.0), tiny_data(), [make_actor(), make(Value, 3)]
     actor, value = copy.deepcopy(nets)
@@ -262,12 +262,12 @@ def test_update_is_the_algorithm_box(actors_turn):
     optimizers = [torch.optim.SGD(net.parameters(), lr=0.01) for net in nets]
     for seed in range(2):  # twice, so that no gradient is left over
         torch.manual_seed(seed)
-        metrics = awr.update(args, data, *nets, returns, weight, *optimizers, actors_turn)
+        metrics = awr.update(args, data, *nets, returns, weight, *optimizers, update_actor)
 
         torch.manual_seed(seed)
-        rows = (torch.rand(4) * 12).long()
-        batch = data.columns(data.packed[rows])
-        if actors_turn:
+        rows = data.draw_rows(4)
+        batch = data.rows(rows)
+        if update_actor:
             loss = awr.actor_loss(actor, batch, weight[rows], 3.0)
             share = weight[rows].sum() ** 2 / 4 / (weight[rows] ** 2).sum()
             expected, trained, still = dict(actor_loss=loss, effective_share=share), actor, nets[1]
@@ -277,7 +277,7 @@ def test_update_is_the_algorithm_box(actors_turn):
         grad = step_by_hand(loss, list(trained.parameters()), 0.01)
         for got, want in zip(nets, (actor, value)):
             assert_close(flat(got), flat(want), 1e-12)
-        assert_close(flat_grad(nets[0] if actors_turn else nets[1]), grad, 1e-12)
+        assert_close(flat_grad(nets[0] if update_actor else nets[1]), grad, 1e-12)
         assert all(p.grad is None for p in still.parameters())
         assert metrics.keys() == expected.keys()
         for name, want in expected.items():
@@ -290,7 +290,7 @@ def test_batches_come_from_all_rows():
     value.register_forward_hook(lambda module, inputs, output: seen.update(map(tuple, inputs[0].tolist())))
     awr.update(Args(batch_size=400), data, make_actor(), value, torch.randn(12), torch.rand(12), None,
                torch.optim.SGD(value.parameters(), lr=0.0), False)
-    assert seen == set(map(tuple, data.columns(data.packed).obs.tolist()))
+    assert seen == set(map(tuple, data.obs.tolist()))
 
 
 def test_turns_and_labels(monkeypatch):
@@ -323,9 +323,10 @@ def test_turns_and_labels(monkeypatch):
 def test_the_optimizers_are_sgd_with_momentum(monkeypatch):
     seen, original = [], awr.update
 
-    def spy(*args):
-        seen.append([(type(opt), opt.param_groups[0]["lr"], opt.param_groups[0]["momentum"]) for opt in args[-3:-1]])
-        return original(*args)
+    def spy(*args, **learned):
+        optimizers = [learned["actor_optimizer"], learned["value_optimizer"]]
+        seen.append([(type(opt), opt.param_groups[0]["lr"], opt.param_groups[0]["momentum"]) for opt in optimizers])
+        return original(*args, **learned)
 
     monkeypatch.setattr(awr, "update", spy)
     silent_train(monkeypatch, awr, tiny_data(), steps=1, batch_size=4, actor_lr=0.2, value_lr=0.3, momentum=0.4)
@@ -333,10 +334,11 @@ def test_the_optimizers_are_sgd_with_momentum(monkeypatch):
 
 
 @pytest.mark.parametrize("setting, complaint", [
-    (dict(value_steps=0), "must be at least 1"), (dict(actor_steps=0), "must be at least 1"),
+    (dict(value_steps=0), "--value-steps must be at least 1"), (dict(actor_steps=0), "--actor-steps must be at least 1"),
     (dict(gamma=1.0), "--gamma must be"),  # (1 - γ) divides and multiplies
+    (dict(beta=0.0), "--beta must be above 0"), (dict(td_lambda=1.1), "--td-lambda must be"),
 ])
-def test_a_round_without_a_turn_and_no_discount_are_refused(monkeypatch, capsys, setting, complaint):
+def test_settings_out_of_range_are_refused(monkeypatch, capsys, setting, complaint):
     with pytest.raises(SystemExit) as stop:
         silent_train(monkeypatch, awr, tiny_data(), **dict(steps=2, batch_size=4) | setting)
     assert stop.value.code == 2 and complaint in capsys.readouterr().err
@@ -348,10 +350,11 @@ def test_a_round_without_a_turn_and_no_discount_are_refused(monkeypatch, capsys,
 def two_modes():
     """One state; half of the data does −0.6, which earns 0, half +0.6, which earns 1."""
     data = tiny_data(64, action_dim=1)
-    data.packed.zero_()
-    columns = data.columns(data.packed)
-    columns.action[:, 0] = torch.tensor([-0.6, 0.6]).repeat(32)
-    columns.reward[:], columns.terminated[:] = torch.tensor([0.0, 1.0]).repeat(32), 1.0
+    data.obs.zero_()
+    data.next_obs.zero_()
+    data.action[:, 0] = torch.tensor([-0.6, 0.6]).repeat(32)
+    data.reward[:] = torch.tensor([0.0, 1.0]).repeat(32)
+    data.terminated[:] = 1.0
     return data
 
 

@@ -14,6 +14,7 @@ from helpers import (
     flat,
     flat_grad,
     make,
+    one_state_data,
     record_draws,
     silent_train,
     slow_critic,
@@ -363,9 +364,8 @@ def learn_from_a_narrow_corridor(monkeypatch, seed, bound):
     for name in ("HIDDEN", "VAE_HIDDEN"):
         monkeypatch.setattr(bcq, name, (32, 32))
     torch.manual_seed(seed)
-    data = tiny_data(256, action_dim=1)
-    data.packed.zero_()
-    data.columns(data.packed).action[:, 0] = data.columns(data.packed).reward[:] = torch.linspace(-0.2, 0.2, 256)
+    data = one_state_data(256)
+    data.action[:, 0] = data.reward[:] = torch.linspace(-0.2, 0.2, 256)
     data.action_mid, data.action_half = torch.zeros(1), torch.ones(1)
     actor = silent_train(monkeypatch, bcq, data, steps=300, batch_size=32, gamma=0.9, target_rate=0.2, num_samples=4,
                          vae_lr=5e-3, actor_lr=5e-3, critic_lr=5e-3, max_perturbation=bound).actor

@@ -3,16 +3,19 @@ import copy
 import math
 import sys
 
+import common
+
 import bear
 import pytest
 import torch
-from bear import VAE, Actor, Args, Critic
+from bear import TUNED, VAE, Actor, Args, Critic
 from helpers import (
     assert_close,
     assert_gradient,
     flat,
     flat_grad,
     make,
+    one_state_data,
     record_draws,
     silent_train,
     slow_critic,
@@ -199,8 +202,8 @@ def test_symmetries_of_mmd():
 
 
 def test_subset_is_enough_for_few_samples_only():
-    """C5: behaviour uniform on [−1, 1], a policy on a twentieth of it. With 4 samples its MMD is smaller than that of the
-    behaviour with itself; with 400, larger. Its KL divergence from the behaviour, log 20, objects in either case."""
+    """C5: behaviour uniform on [−1, 1], a policy on a twentieth of it, near its mean. With 4 samples its MMD is smaller than
+    that of the behaviour with itself; with 400, larger. Its KL divergence from the behaviour, log 20, objects in either case."""
     for num, states, subset_is_nearer in ((4, 2000, True), (400, 20, False)):
         def uniform():
             return 2 * torch.rand(states, num, 1) - 1
@@ -341,7 +344,7 @@ def test_each_learning_rate_has_its_own_part(monkeypatch, setting, still):
 def test_train_warms_up(monkeypatch):
     """The first updates are without Q for the policy, the others with."""
     seen, real = [], bear.update
-    monkeypatch.setattr(bear, "update", lambda *args: seen.append(args[-1]) or real(*args))
+    monkeypatch.setattr(bear, "update", lambda *args, **parts: seen.append(parts["warm_up"]) or real(*args, **parts))
     silent_train(monkeypatch, bear, tiny_data(), steps=5, batch_size=4, warm_up_steps=3)
     assert seen == [True, True, True, False, False]
 
@@ -350,7 +353,7 @@ def test_tuned_kernels_are_used_and_said_aloud(monkeypatch, capsys):
     """D4RL's kernels by body; what the user sets stands; elsewhere the script's default."""
     def parsed(*arguments):
         monkeypatch.setattr(sys, "argv", ["bear.py", *arguments])
-        args = bear.parse_args()
+        args = common.parse_args(Args, TUNED)
         return args.kernel, args.bandwidth, capsys.readouterr().out.count("tuned for")
 
     assert parsed() == ("laplacian", 20.0, 2)
@@ -368,9 +371,8 @@ def test_the_multiplier_decides_between_support_and_q(monkeypatch, log_multiplie
     With α = e¹⁰ the policy's mean stays with the data's, with α = e⁻⁵ it acts far outside and expects more."""
     for name in ("HIDDEN", "VAE_HIDDEN"):
         monkeypatch.setattr(bear, name, (32, 32))
-    data = tiny_data(256, action_dim=1)
-    data.packed.zero_()
-    data.columns(data.packed).action[:, 0] = data.columns(data.packed).reward[:] = torch.linspace(-0.2, 0.2, 256)
+    data = one_state_data(256)
+    data.action[:, 0] = data.reward[:] = torch.linspace(-0.2, 0.2, 256)
     vae, actor = VAE(3, 1), Actor(3, 1)
     parts = [vae, actor, copy.deepcopy(actor.critic), torch.tensor(log_multiplier, requires_grad=True)]
     optimizers = [torch.optim.Adam(net.parameters(), lr=5e-3) for net in (vae, actor.net, actor.critic)]

@@ -14,6 +14,7 @@ from helpers import (
     flat,
     flat_grad,
     make,
+    one_state_data,
     record_draws,
     silent_train,
     slow_critic,
@@ -26,10 +27,12 @@ from helpers import (
 
 @pytest.fixture(autouse=True)
 def small(exact, monkeypatch):
-    """Narrow hidden layers, in float64; and a run that nobody stops."""
+    """Narrow hidden layers, in float64; a run that nobody stops, and that keeps what it saves."""
     monkeypatch.setattr(brac, "HIDDEN", (7, 6))
     monkeypatch.setattr(brac, "ACTOR_HIDDEN", (6, 5))
     monkeypatch.setattr(SilentRun, "stop", False, raising=False)
+    monkeypatch.setattr(SilentRun, "save", lambda run, step: run.snapshot())
+    monkeypatch.setattr(SilentRun, "close", lambda run: None, raising=False)
 
 
 def slow_gaussian(actor, obs):
@@ -152,8 +155,8 @@ def test_the_clone_is_the_data():
     """Actions tanh(u), u ~ N(0.3, 0.5²), of entropy above the target: α falls to 0, μ and σ come back."""
     data = tiny_data(512, action_dim=1)
     quantiles = torch.special.ndtri((torch.arange(512) + 0.5) / 512)
-    data.columns(data.packed).action[:, 0] = torch.tanh(0.3 + 0.5 * quantiles)
-    data.columns(data.packed).obs.fill_(1.0)
+    data.action[:, 0] = torch.tanh(0.3 + 0.5 * quantiles)
+    data.obs.fill_(1.0)
     behavior, coef = Actor(3, 1), torch.ones((), requires_grad=True)
     optimizers = torch.optim.Adam(behavior.parameters(), lr=0.01), torch.optim.Adam([coef], lr=0.01)
     for _ in range(400):
@@ -428,27 +431,48 @@ def test_train_clones_first(monkeypatch, value_penalty):
 def test_train_counts_the_warm_start(monkeypatch):
     """warm_start_steps = 2: of four steps the first two without Q."""
     seen = []
-    monkeypatch.setattr(brac, "update", lambda *parts: seen.append(parts[-1]) or {})
+    monkeypatch.setattr(brac, "update", lambda *args, with_q, **parts: seen.append(with_q) or {})
     silent_train(monkeypatch, brac, tiny_data(), steps=4, batch_size=4, behavior_steps=1, warm_start_steps=2)
     assert seen == [False, False, True, True]
 
 
 def test_a_resumed_run_does_not_clone_again(monkeypatch):
-    """What the checkpoint says is done is not done again; a clone that was stopped half-way goes on; a stop ends it."""
+    """What the checkpoint says is done is not done again; a clone that was stopped half-way goes on."""
     moved = []
-    monkeypatch.setattr(brac, "update_behavior", lambda *parts: moved.append(1) or {})
-    monkeypatch.setattr(brac, "load_dataset", lambda *_: tiny_data())
-    for done, stop, expected in ((5, False, 0), (2, False, 3), (0, True, 1)):
-        class ResumedRun(SilentRun):
-            def resume(self, cloned, done=done, stop=stop, **state):
-                cloned.fill_(done)
-                self.stop = stop
-                return super().resume(cloned=cloned, **state)
+    monkeypatch.setattr(brac, "update_behavior", lambda *args, **parts: moved.append(1) or {})
+    for done, expected in ((5, 0), (2, 3)):
+        def resumed(run, parts, actor, done=done):
+            parts["cloned"].fill_(done)
+            return begin(run, parts, actor)
 
-        monkeypatch.setattr(brac, "Run", ResumedRun)
+        begin = SilentRun.begin
         moved.clear()
-        brac.train(Args(steps=1, batch_size=4, behavior_steps=5))
-        assert len(moved) == expected and SilentRun.last.state["cloned"] == done + expected
+        with monkeypatch.context() as patch:
+            patch.setattr(SilentRun, "begin", resumed)
+            run = silent_train(patch, brac, tiny_data(), steps=1, batch_size=4, behavior_steps=5)
+        assert len(moved) == expected and run.state["cloned"] == done + expected
+        assert len(run.history) == 2 + (expected > 0), "saved once more where something was left to do"
+
+
+def test_a_stop_in_the_cloning_saves_and_leaves(monkeypatch, capsys):
+    """The step under way is finished, and saved as step 0; no update of BRAC comes after it."""
+    monkeypatch.setattr(SilentRun, "stop", True)
+    monkeypatch.setattr(brac, "update", None)
+    with pytest.raises(SystemExit) as left:
+        silent_train(monkeypatch, brac, tiny_data(), steps=1, batch_size=4, behavior_steps=5)
+    run, said = SilentRun.last, capsys.readouterr()
+    assert left.value.code == 2 and "--resume" in said.err and "behavior_entropy" in said.out
+    assert run.state["cloned"] == 1 and run.steps_that_moved("behavior") == [1] and len(run.history) == 2
+    assert run.unsaved, "else common.Run would leave at the signal, before anything is saved"
+
+
+def test_a_clone_that_is_not_a_number_is_not_saved(monkeypatch, capsys):
+    data = tiny_data()
+    data.obs.fill_(math.nan)
+    with pytest.raises(SystemExit) as left:
+        silent_train(monkeypatch, brac, data, steps=1, batch_size=4, behavior_steps=5)
+    assert left.value.code == 2 and "behavior_loss of the behaviour clone is nan by update 5" in capsys.readouterr().err
+    assert len(SilentRun.last.history) == 1
 
 
 # ---- unlike SAC
@@ -456,9 +480,8 @@ def test_a_resumed_run_does_not_clone_again(monkeypatch):
 
 def corridor_data():
     """One state, for ever; data actions in [−0.2, 0.2] earn what they say, r = a. What a = 1 earns, nobody knows."""
-    data = tiny_data(256, action_dim=1)
-    data.packed.zero_()
-    data.columns(data.packed).action[:, 0] = data.columns(data.packed).reward[:] = torch.linspace(-0.2, 0.2, 256)
+    data = one_state_data(256)
+    data.action[:, 0] = data.reward[:] = torch.linspace(-0.2, 0.2, 256)
     return data
 
 
@@ -495,15 +518,15 @@ def test_a_wrong_clone_makes_a_wrong_policy(monkeypatch):
     """The notes' problem with explicit constraints: half the data's actions are −0.5, half 0.5, and r = |a|. A Gaussian is no
     model of that. Its clone acts as nobody did, at about 0, and the penalty keeps the policy there."""
     data = corridor_data()
-    columns = data.columns(data.packed)
-    columns.action[:, 0] = torch.where(torch.arange(256) % 2 == 0, 0.5, -0.5)
-    columns.reward[:] = 0.5
+    data.action[:, 0] = torch.where(torch.arange(256) % 2 == 0, 0.5, -0.5)
+    data.reward[:] = 0.5
     clone, results = clone_and_policies(monkeypatch, data, (10.0,))
     assert abs(clone) < 0.2 and abs(results[10.0][0]) < 0.2
 
 
-def test_a_constraint_has_its_price_where_all_is_worth_the_same(monkeypatch):
-    """Another of the notes: with no reward anywhere Q is 0, and an unconstrained policy has nothing to prefer. BRAC has."""
+def test_a_constraint_creates_a_preference_where_all_is_worth_the_same():
+    """Another of the notes: with no reward anywhere Q is 0, and an unconstrained policy has nothing to prefer. BRAC prefers
+    the clone. It costs nothing there: the cost shows where the data cover better actions (results/lessons)."""
     actor, behavior, obs = make(Actor, 3, 1, scale=0.5), make(Actor, 3, 1, scale=0.5), torch.randn(256, 3)
     nothing = lambda obs, action: torch.zeros(2, len(obs))
     gradients = []

@@ -3,6 +3,8 @@ import copy
 import math
 import sys
 
+from common import parse_args
+
 import combo
 import cql
 import numpy as np
@@ -25,7 +27,7 @@ from helpers import (
     tiny_data,
 )
 from test_cql import look_up, minimise
-from test_dynamics import slow_dynamics, some_dynamics
+from test_dynamics import as_rows, filled_pool, slow_dynamics, some_dynamics, trained
 
 
 @pytest.fixture(autouse=True)
@@ -39,14 +41,15 @@ def small(exact, monkeypatch):
 
 
 def test_imagine_equals_a_loop(monkeypatch):
-    """The policy's action, one elite's sample of the next state and of the reward, without a fine; the fallen stay behind."""
+    """The policy's action, one elite's sample of the next state and of the reward, without a penalty; the fallen stay behind."""
     monkeypatch.setitem(combo.FALLS, "Pendulum-v1", lambda s: s[:, 0] > 0.5)
     data, actor, dynamics = tiny_data(), make(Actor, 3, 2), some_dynamics(combo)
     dynamics.elites.copy_(torch.tensor([6, 2, 0, 3, 5]))
-    starts, picks, normal = (record_draws(monkeypatch, name) for name in ("rand", "randint", "randn_like"))
+    whole, normal = (record_draws(monkeypatch, name) for name in ("randint", "randn_like"))
     rows = combo.imagine(Args(rollout_starts=6, horizon=3), data, dynamics, actor)
 
-    alive, expected = [data.packed[int(u * 12), :3].tolist() for u in starts[0]], []
+    starts, *picks = whole
+    alive, expected = data.obs[starts].tolist(), []
     for step in range(3):
         still = []
         for b, obs in enumerate(alive):
@@ -59,8 +62,43 @@ def test_imagine_equals_a_loop(monkeypatch):
                 still.append(next_obs)
         alive = still
     assert 6 < len(expected) < 18, "some must fall, not all at once"
-    assert_close(rows, expected)
-    assert not rows.requires_grad
+    assert_close(as_rows(rows), expected)
+    assert not any(column.requires_grad for column in rows)
+
+
+def test_uniform_rollouts_equal_a_loop(monkeypatch):
+    """The notes' other μ: actions spread over [-1, 1], whatever the policy; the rest of a rollout is as before."""
+    data, dynamics = tiny_data(), some_dynamics(combo)
+    whole, uniform, normal = (record_draws(monkeypatch, name) for name in ("randint", "rand_like", "randn_like"))
+    rows = combo.imagine(Args(rollout_starts=6, horizon=2, rollout_policy="uniform"), data, dynamics, make(Actor, 3, 2))
+    starts, *picks = whole
+    alive, expected = data.obs[starts].tolist(), []
+    for step in range(2):
+        for b, obs in enumerate(alive):
+            action = [2 * u - 1 for u in uniform[step][b].tolist()]
+            mean, log_var = slow_dynamics(dynamics, int(picks[step][b]), obs + action)
+            y = [mean[i] + math.exp(log_var[i] / 2) * float(normal[2 * step + 1][b, i]) for i in range(4)]
+            expected.append(obs + action + [obs[i] + y[i] for i in range(3)] + [y[3], 0.0])
+        alive = [row[5:8] for row in expected[-6:]]
+    assert_close(as_rows(rows), expected)
+
+
+def test_uniform_rollouts_cover_all_actions_and_do_not_depend_on_the_policy():
+    """A policy that always steers to one side: its rollouts show that side alone, uniform ones all of [-1, 1] alike."""
+    data, dynamics = tiny_data(action_dim=1), combo.Dynamics(3, 1)
+    shown = {}
+    for policy in ("policy", "uniform"):
+        args = Args(rollout_starts=10_000, horizon=1, rollout_policy=policy)
+        shown[policy] = combo.imagine(args, data, dynamics, lambda obs: (0 * obs[:, :1] + 2, 0 * obs[:, :1] - 5)).action[:, 0]
+    assert shown["policy"].min() > 0.9
+    assert shown["uniform"].abs().max() <= 1 and shown["uniform"].mean().abs() < 0.03
+    assert_close(shown["uniform"].std(), 1 / math.sqrt(3), 2e-2)
+
+
+def test_uniform_rollouts_train_under_their_own_name(monkeypatch, tmp_path):
+    for args, name in ((dict(), ""), (dict(rollout_policy="uniform"), "-uniform")):
+        run = trained(combo, monkeypatch, tmp_path, steps=2, rollout_starts=10, num_samples=2, **args)
+        assert run.variant == name and run.steps_that_moved("actor") == [1, 2]
 
 
 def test_td_target_equals_a_loop(monkeypatch):
@@ -209,7 +247,7 @@ def test_update_is_the_algorithm_box(beta):
     """Q, pushed down in imagined states alone; π on the new Q, then α, with the old α; then (E12). With β = 0 the critic's step
     is that of model-based SAC."""
     args = Args(batch_size=5, real_share=0.5, gamma=0.9, target_rate=0.3, beta=beta, num_samples=3)
-    data, pool, nets = tiny_data(), tiny_data(9), networks()
+    data, pool, nets = tiny_data(), filled_pool(combo, tiny_data(9)), networks()
     actor, critic, critic_target, log_alpha = copy.deepcopy(nets)
     optimizers = sgd(nets[0], nets[1], nets[3])
     for seed in range(2):  # twice, so that no gradient is left over
@@ -264,7 +302,7 @@ def test_tuned_values(monkeypatch, capsys):
     assert combo.TUNED["walker2d-medium-replay"] == dict(horizon=1, beta=0.5)
     assert combo.TUNED["halfcheetah-medium-expert"] == dict(horizon=5, beta=5.0)
     monkeypatch.setattr(sys, "argv", ["combo.py", "--env", "walker2d-medium", "--beta", "1"])
-    args = combo.parse_args()
+    args = parse_args(Args, combo.TUNED)
     assert (args.horizon, args.beta) == (1, 1.0)
     assert capsys.readouterr().out == "tuned for walker2d-medium: --horizon 1\n"
 
@@ -334,7 +372,7 @@ def test_an_action_that_the_data_lack(beta, value):
 
 
 def test_an_optimistic_model_is_not_believed(monkeypatch):
-    """A line: the action is the step, and the model promises the more reward the further one goes; the data are of |s| < 1, and
+    """A line: the action is the step, and the model predicts the more reward the further one goes; the data are of |s| < 1, and
     go back to 0. β = 0 walks off; with β the policy stays."""
     monkeypatch.setattr(combo, "HIDDEN", (32, 32))
 
@@ -349,18 +387,18 @@ def test_an_optimistic_model_is_not_believed(monkeypatch):
     for beta in (0.0, 20.0):
         torch.manual_seed(0)
         args = Args(batch_size=64, beta=beta, rollout_starts=200, gamma=0.9, target_rate=0.1, num_samples=2)
-        data, pool = tiny_data(200, action_dim=1), tiny_data(1000, action_dim=1)
-        data.packed.zero_()
-        rows = data.columns(data.packed)
-        rows.obs[:, 0] = rows.reward[:] = torch.linspace(-1, 1, 200)
-        rows.action.copy_((-rows.obs[:, :1] + 0.2 * torch.randn(200, 1)).clamp(-1, 1))
-        rows.next_obs[:, 0] = rows.obs[:, 0] + 0.5 * rows.action[:, 0]
+        data, pool = tiny_data(200, action_dim=1), filled_pool(combo, tiny_data(1000, action_dim=1))
+        for column in (data.obs, data.action, data.reward, data.next_obs, data.terminated):
+            column.zero_()
+        data.obs[:, 0] = data.reward[:] = torch.linspace(-1, 1, 200)
+        data.action.copy_((-data.obs[:, :1] + 0.2 * torch.randn(200, 1)).clamp(-1, 1))
+        data.next_obs[:, 0] = data.obs[:, 0] + 0.5 * data.action[:, 0]
         nets = [Actor(3, 1), Critic(3, 1), None, torch.tensor(-3.0, requires_grad=True)]
         nets[2] = copy.deepcopy(nets[1])
         optimizers = [torch.optim.Adam(net.parameters(), lr=5e-3) for net in nets[:2]] + [torch.optim.SGD([nets[3]], lr=0.0)]
         for step in range(300):
             if step % 30 == 0:
-                pool.packed = torch.cat([pool.packed, combo.imagine(args, data, Line(), nets[0])])[-1000:]
+                pool.add(combo.imagine(args, data, Line(), nets[0]))
             combo.update(args, data, pool, *nets, *optimizers)
         obs = torch.zeros(1, 3)
         for _ in range(12):

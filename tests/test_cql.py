@@ -89,13 +89,34 @@ def test_soft_max_q_equals_a_loop():
     assert_close(cql.soft_max_q(critic, obs, actions, log_density), expected)
 
 
-def test_critic_loss_equals_a_loop():
-    """(E4), (E5): per critic the squared error plus w times the gap; summed over critics, averaged over transitions."""
-    critic, batch, y, soft_max = make(Critic, 3, 2), tiny_batch(), torch.randn(4), torch.randn(2, 4)
+def test_several_actions_equals_a_loop(monkeypatch):
+    """(E4): N draws of π(·|s) for each observation, with noise of their own."""
+    actor, obs, draws = make(Actor, 3, 2), torch.randn(4, 3), record_draws(monkeypatch, "randn_like")
+    actions, log_prob = cql.several_actions(actor(obs), 5)
+    for b in range(4):
+        expected = [slow_sample(actor, obs[b], draws[0][b, n], -5.0) for n in range(5)]
+        assert_close(actions[b], [action for action, _ in expected])
+        assert_close(log_prob[b], [density for _, density in expected])
+    assert len(actions.flatten().unique()) == 40 and not actions.requires_grad
+
+
+def test_mean_q_equals_a_loop():
+    """(E4): for each critic and observation, the mean of Q over that observation's own actions."""
+    critic, obs, actions = make(Critic, 3, 2), torch.randn(4, 3), torch.randn(4, 5, 2)
+    expected = [[sum(slow_critic(critic, k, obs[b], actions[b, j].tolist()) for j in range(5)) / 5 for b in range(4)]
+                for k in range(2)]
+    assert_close(cql.mean_q(critic, obs, actions), expected)
+
+
+@pytest.mark.parametrize("data_weight", [1.0, 0.0])
+def test_critic_loss_equals_a_loop(data_weight):
+    """(E5), (E6): per critic the squared error plus w times the gap; summed over critics, averaged over transitions.
+    Without the data term the gap is what is pushed down, alone."""
+    critic, batch, y, push = make(Critic, 3, 2), tiny_batch(), torch.randn(4), torch.randn(2, 4)
     q = [[slow_critic(critic, k, batch.obs[b], batch.action[b].tolist()) for b in range(4)] for k in range(2)]
     squares = sum((q[k][b] - float(y[b])) ** 2 / 4 for k in range(2) for b in range(4))
-    gaps = sum((float(soft_max[k, b]) - q[k][b]) / 4 for k in range(2) for b in range(4))
-    got = cql.critic_loss(critic, batch, y, soft_max, torch.tensor(1.7))
+    gaps = sum((float(push[k, b]) - (q[k][b] if data_weight else 0.0)) / 4 for k in range(2) for b in range(4))
+    got = cql.critic_loss(critic, batch, y, push, torch.tensor(1.7), data_weight)
     assert_close(torch.stack(got), [squares + 1.7 * gaps, gaps / 2, sum(q[0] + q[1]) / 8])
 
 
@@ -111,7 +132,7 @@ def test_critic_loss_refuses_other_shapes():
 
 
 def test_actor_and_entropy_losses_equal_loops(monkeypatch):
-    """(E7) with its gradient, (E8): SAC's, with this file's bounds of σ."""
+    """(E8) with its gradient, (E9): SAC's, with this file's bounds of σ."""
     actor, critic, obs = make(Actor, 3, 2), make(Critic, 3, 2), torch.randn(4, 3)
     draws = record_draws(monkeypatch, "randn_like")
     loss, *metrics = cql.actor_loss(actor, critic, torch.tensor(0.3), obs)
@@ -203,7 +224,7 @@ def test_every_action_is_valued_at_s():
     data, nets, seen = tiny_data(), networks(), []
     nets[1].register_forward_hook(lambda module, inputs, output: seen.extend(map(tuple, inputs[0].tolist())))
     cql.update(Args(batch_size=4, num_samples=3), data, *nets, *sgd(nets[0], nets[1], nets[3], nets[4]))
-    assert set(seen) <= set(map(tuple, data.columns(data.packed).obs.tolist()))
+    assert set(seen) <= set(map(tuple, data.obs.tolist()))
     assert len(seen) == 4 * (9 + 1 + 1), "nine proposals, the data's action, the actor's"
 
 
@@ -259,56 +280,148 @@ def test_stationary_point_of_a_table():
     assert abs(q - y).max() > 0.1, "w must matter here"
 
 
-# ---- the claim of the notes (C11): which Q is a lower bound?
+# ---- the three forms
 
 
-def iterate_cql(data_term: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def pushed(form, critic, batch, policy, next_policy, num):
+    """What `update` pushes down in each form."""
+    if form == "logsumexp":
+        return cql.soft_max_q(critic, batch.obs, *cql.propose_actions(policy, next_policy, num))
+    return cql.mean_q(critic, batch.obs, cql.several_actions(policy, num)[0])
+
+
+def test_plain_with_a_data_term_of_weight_one_is_cql_h():
+    """One setting, two forms: with c = 1 instead of 0, an update of `plain` has the loss and the critic of `cql-h`."""
+    batch, nets, losses, grads = tiny_batch(), networks(), [], []
+    push = cql.mean_q(nets[1], batch.obs, torch.rand(4, 5, 2))
+    q = nets[1](batch.obs, batch.action)
+    plain = cql.critic_loss(nets[1], batch, torch.zeros(4), push, torch.tensor(0.7), 0.0)[0]
+    by_hand = plain - 0.7 * 1.0 * q.mean(dim=1).sum()
+    cql_h = cql.critic_loss(nets[1], batch, torch.zeros(4), push, torch.tensor(0.7), 1.0)[0]
+    for loss in (by_hand, cql_h, plain):
+        losses.append(loss)
+        nets[1].zero_grad()
+        loss.backward(retain_graph=True)
+        grads.append(flat_grad(nets[1]))
+    assert_close(losses[0], losses[1], 1e-12)
+    assert_close(grads[0], grads[1], 1e-12)
+    assert (grads[1] - grads[2]).abs().max() > 1e-3, "the data term must matter here"
+
+
+def test_logsumexp_is_cql_hs_maximum_over_mu():
+    """max_μ E_μ[Q] + H(μ) = log Σ exp Q, at μ = softmax(Q); and Q's gradient is that of E_μ[Q] at this μ.
+
+    Q(a) = log of 1, 2, 3, 4 makes softmax(Q) = 0.1, 0.2, 0.3, 0.4: ten actions of which the first is one, the next two …
+    """
+    def value(table, counts):
+        """E_μ[Q] + H(μ) for the μ that draws action a with probability counts(a) / 10."""
+        actions = torch.arange(4).repeat_interleave(torch.tensor(counts))[None, :, None]
+        share = torch.tensor(counts)[torch.tensor(counts) > 0] / 10.0
+        return cql.mean_q(look_up(table), torch.zeros(1, 1, dtype=torch.long), actions) - (share * share.log()).sum()
+
+    table = torch.tensor([[1.0, 2.0, 3.0, 4.0]]).log().requires_grad_()
+    soft_max = cql.soft_max_q(look_up(table), torch.zeros(1, 1, dtype=torch.long), torch.arange(4)[None, :, None],
+                              torch.zeros(1, 4))
+    best = value(table, [1, 2, 3, 4])
+    assert_close(soft_max, best, 1e-12)
+    assert_close(*(torch.autograd.grad(form.sum(), table)[0] for form in (soft_max, best)), 1e-12)
+    others = [[i, j, k, 10 - i - j - k] for i in range(11) for j in range(11 - i) for k in range(11 - i - j)]
+    others.remove([1, 2, 3, 4])
+    assert len(others) == 285 and max(value(table, counts).item() for counts in others) < soft_max.item() - 1e-3
+
+
+@pytest.mark.parametrize("form", ["cql-h", "plain"])
+def test_the_mean_gives_the_critic_a_gradient_and_nobody_else(form):
+    """E_μ[Q] has a gradient to Q; none to the policy that is μ, none to the target."""
+    batch, (actor, critic, critic_target, *_) = tiny_batch(), networks()
+    policy, next_policy = actor(batch.obs), actor(batch.next_obs)  # with their graph, to tempt it
+    y = cql.td_target(critic_target, next_policy, batch, 0.9)
+    push = pushed(form, critic, batch, policy, next_policy, 3)
+    without = torch.autograd.grad(cql.critic_loss(critic, batch, y, push.detach(), torch.tensor(1.0))[0],
+                                  critic.layers[0].weight)[0]
+    cql.critic_loss(critic, batch, y, push, torch.tensor(1.0), float(form == "cql-h"))[0].backward()
+    assert all(p.grad is None for net in (actor, critic_target) for p in net.parameters())
+    assert (critic.layers[0].weight.grad - without).abs().max() > 1e-3
+
+
+def test_the_multiplier_needs_the_data_term(capsys):
+    """A gap without the data's Q is Q itself: no multiplier could hold it at τ."""
+    with pytest.raises(SystemExit) as stop:
+        cql.train(Args(form="plain", lagrange=True))
+    assert stop.value.code == 2 and "--form plain" in capsys.readouterr().err
+
+
+# ---- the claim of the notes (C11): which Q is a lower bound, in which form?
+
+
+def iterate_cql(form: str, choose_policy=None) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Exact expectations on a small known MDP: a policy's true Q, CQL's Q, the policy, the behaviour; all (S, A).
 
-    The soft maximum that cql.critic_loss gets is E_{a~π}[Q(s, a)]: the notes' max over μ, answered by μ = π.
-    Without the data term, the data's Q(s, a) is added to it, and so cancels.
+    The push that cql.critic_loss gets is E_{a~π}[Q(s, a)] in forms plain and cql-h, the notes' E_μ answered by μ = π, and
+    log Σ exp Q(s, a) in form logsumexp. `choose_policy` makes the policy to be valued from Q and the behaviour; without it,
+    the policy is a random one.
     """
     rng, gamma, w = np.random.default_rng(0), 0.5, 0.5
     reward, dynamics = rng.normal(size=(3, 3)), rng.dirichlet(np.ones(3), size=(3, 3))  # (S, A), (S, A, S′)
     counts, policy = np.array([[6, 3, 1], [2, 5, 3], [1, 2, 7]]), rng.dirichlet(np.ones(3), size=3)
-    step = np.einsum("ijk,kl->ijkl", dynamics, policy).reshape(9, 9)  # from (s, a) to (s′, a′)
-    truth = np.linalg.solve(np.eye(9) - gamma * step, reward.ravel()).reshape(3, 3)
     batch, s, a = table_rows(counts)
+    data_weight = 0.0 if form == "plain" else 1.0
 
     q = np.zeros((3, 3))
-    for _ in range(40):
+    for _ in range(26):
+        if choose_policy is not None:
+            policy = choose_policy(q, counts / 10)
+        step = np.einsum("ijk,kl->ijkl", dynamics, policy).reshape(9, 9)  # from (s, a) to (s′, a′)
         y = torch.as_tensor((reward.ravel() + gamma * step @ q.ravel()).reshape(3, 3)[s, a])
 
         def loss_of(table):
-            soft_max = (torch.as_tensor(policy) * table).sum(1)[s][None]
-            soft_max = soft_max if data_term else soft_max + look_up(table)(batch.obs, batch.action)
-            return cql.critic_loss(look_up(table), batch, y, soft_max, torch.tensor(w))[0]
+            push = torch.logsumexp(table, dim=1) if form == "logsumexp" else (torch.as_tensor(policy) * table).sum(1)
+            return cql.critic_loss(look_up(table), batch, y, push[s][None], torch.tensor(w), data_weight)[0]
 
         q = minimise(loss_of, (3, 3)).numpy()
-    penalty = w / 2 * (policy / (counts / 10) - data_term)
+    truth = np.linalg.solve(np.eye(9) - gamma * step, reward.ravel()).reshape(3, 3)
+    mu = softmax(q) if form == "logsumexp" else policy
+    penalty = w / 2 * (mu / (counts / 10) - data_weight)
     assert_close(q, truth - np.linalg.solve(np.eye(9) - gamma * step, penalty.ravel()).reshape(3, 3), 1e-6)
     return truth, q, policy, counts / 10
 
 
+def softmax(q):
+    return np.exp(q) / np.exp(q).sum(axis=1, keepdims=True)
+
+
 def test_without_the_data_term_every_q_is_a_lower_bound():
     """C11: push-down alone keeps Q(s, a) below the truth for all s and a."""
-    truth, q, _, _ = iterate_cql(data_term=False)
+    truth, q, _, _ = iterate_cql("plain")
     assert (q < truth).all()
 
 
 def test_with_the_data_term_only_the_value_is_a_lower_bound():
     """C11: E_π[Q] stays below the truth in every state, while at well-covered actions Q itself is too high."""
-    truth, q, policy, behavior = iterate_cql(data_term=True)
+    truth, q, policy, behavior = iterate_cql("cql-h")
     assert ((policy * q).sum(1) < (policy * truth).sum(1)).all()
     too_high = q > truth + 0.01
     assert too_high.any() and (behavior > policy)[too_high].all()
+
+
+def test_the_practical_form_bounds_the_value_of_its_own_softmax():
+    """log-sum-exp: V is a lower bound for π = softmax(Q), the μ of its maximum; not every Q is."""
+    truth, q, policy, _ = iterate_cql("logsumexp", lambda q, behavior: softmax(q))
+    assert ((policy * q).sum(1) < (policy * truth).sum(1)).all()
+    assert (q > truth + 0.001).any()
+
+
+def test_the_practical_form_overvalues_the_datas_habit():
+    """log-sum-exp: for π ∝ β⁴, which keeps to the data's most frequent actions, V is too high in every state."""
+    truth, q, policy, _ = iterate_cql("logsumexp", lambda q, behavior: behavior**4 / (behavior**4).sum(1, keepdims=True))
+    assert ((policy * q).sum(1) > (policy * truth).sum(1) + 0.01).all()
 
 
 # ---- the multiplier
 
 
 def test_weight_loss_equals_its_formula():
-    """(E6): −w (gap − τ) with w = exp(log w)."""
+    """(E7): −w (gap − τ) with w = exp(log w)."""
     assert_close(cql.weight_loss(torch.tensor(0.4), torch.tensor(7.0), 5.0), -math.exp(0.4) * 2.0)
 
 
@@ -344,10 +457,11 @@ def sgd(actor, critic, log_alpha, log_weight, lr=0.01):
     return [torch.optim.SGD(part, lr=lr) for part in parts]
 
 
-@pytest.mark.parametrize("lagrange", [False, True])
-def test_update_is_the_algorithm_box(lagrange):
-    """Q with the old w (then w), π on the new Q, α; each with the old α; then (E9), exactly."""
-    args = Args(batch_size=4, gamma=0.9, target_rate=0.3, num_samples=3, lagrange=lagrange, target_gap=2.0)
+@pytest.mark.parametrize("form, lagrange", [("logsumexp", False), ("logsumexp", True), ("cql-h", False), ("cql-h", True),
+                                            ("plain", False)])
+def test_update_is_the_algorithm_box(form, lagrange):
+    """Q with the old w (then w), π on the new Q, α; each with the old α; then (E10), exactly."""
+    args = Args(batch_size=4, gamma=0.9, target_rate=0.3, num_samples=3, form=form, lagrange=lagrange, target_gap=2.0)
     data, nets = tiny_data(), networks()
     actor, critic, critic_target, log_alpha, log_weight = copy.deepcopy(nets)
     optimizers = sgd(nets[0], nets[1], nets[3], nets[4])
@@ -359,8 +473,8 @@ def test_update_is_the_algorithm_box(lagrange):
         batch, alpha, weight = data.sample(4), log_alpha.detach().exp(), log_weight.detach().exp()
         policy, next_policy = actor(batch.obs), actor(batch.next_obs)
         y = cql.td_target(critic_target, next_policy, batch, 0.9)
-        soft_max = cql.soft_max_q(critic, batch.obs, *cql.propose_actions(policy, next_policy, 3))
-        q_loss, gap, q_data = cql.critic_loss(critic, batch, y, soft_max, weight)
+        push = pushed(form, critic, batch, policy, next_policy, 3)
+        q_loss, gap, q_data = cql.critic_loss(critic, batch, y, push, weight, 0.0 if form == "plain" else 1.0)
         q_grad = step_by_hand(q_loss, list(critic.parameters()), 0.01)
         if lagrange:
             log_weight.data += 0.01 * weight * (gap - 2.0)
@@ -408,10 +522,12 @@ def test_entropy_plays_no_part_in_the_critics_step():
     assert torch.equal(flat(critic), flat(other_critic)) and not torch.equal(flat(actor), flat(other_actor))
 
 
-@pytest.mark.parametrize("lagrange", [False, True])
-def test_train_moves_every_part_each_step(monkeypatch, lagrange):
-    """Actor, critic, target and α; w, from its first value, with --lagrange only."""
-    run = silent_train(monkeypatch, cql, tiny_data(), steps=3, batch_size=4, cql_weight=2.0, lagrange=lagrange)
+@pytest.mark.parametrize("form, lagrange, variant", [("logsumexp", False, ""), ("logsumexp", True, "-lagrange"),
+                                                     ("cql-h", False, "-h"), ("plain", False, "-plain")])
+def test_train_moves_every_part_each_step(monkeypatch, form, lagrange, variant):
+    """Actor, critic, target and α; w, from its first value, with --lagrange only. Each form has its own folder."""
+    run = silent_train(monkeypatch, cql, tiny_data(), steps=3, batch_size=4, cql_weight=2.0, form=form, lagrange=lagrange)
+    assert run.variant == variant
     for name in ("actor", "critic", "critic_target", "log_entropy_coef"):
         assert run.steps_that_moved(name) == [1, 2, 3]
     assert run.steps_that_moved("log_weight") == ([1, 2, 3] if lagrange else [])
@@ -428,8 +544,10 @@ def learn_from_a_narrow_corridor(algorithm, seed, monkeypatch):
     monkeypatch.setattr(algorithm, "HIDDEN", (32, 32))
     torch.manual_seed(seed)
     data = tiny_data(256, action_dim=1)
-    data.packed.zero_()
-    data.columns(data.packed).action[:, 0] = data.columns(data.packed).reward[:] = torch.linspace(-0.2, 0.2, 256)
+    data.obs = data.next_obs = torch.zeros(256, 3)
+    data.terminated = torch.zeros(256)
+    data.reward = torch.linspace(-0.2, 0.2, 256)
+    data.action = data.reward[:, None]
     actor, critic = algorithm.Actor(3, 1), algorithm.Critic(3, 1)
     parts = [actor, critic, copy.deepcopy(critic), torch.tensor(-5.0, requires_grad=True)]
     optimizers = [torch.optim.Adam(net.parameters(), lr=5e-3) for net in (actor, critic)]

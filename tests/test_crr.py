@@ -255,15 +255,15 @@ def sgd(actor, actor_target, critic, critic_target, lr=0.01):
     return [torch.optim.SGD(net.parameters(), lr=lr) for net in (actor, critic)]
 
 
-@pytest.mark.parametrize("weighting, renew", [("exp", False), ("binary", True)])
-def test_update_is_the_algorithm_box(weighting, renew):
+@pytest.mark.parametrize("weighting, copy_targets", [("exp", False), ("binary", True)])
+def test_update_is_the_algorithm_box(weighting, copy_targets):
     """y from both targets, the advantage from both online networks, neither loss after the other's step; then (E7)."""
     args, data, nets = Args(batch_size=16, gamma=0.9, weighting=weighting, num_samples=3), tiny_data(), networks()
     actor, actor_target, critic, critic_target = copy.deepcopy(nets)
     optimizers = sgd(*nets)
     for seed in range(2):  # twice, so that no gradient is left over
         torch.manual_seed(seed)
-        metrics = crr.update(args, data, *nets, *optimizers, renew)
+        metrics = crr.update(args, data, *nets, *optimizers, copy_targets)
 
         torch.manual_seed(seed)
         batch = data.sample(16)
@@ -273,7 +273,7 @@ def test_update_is_the_algorithm_box(weighting, renew):
         pi_loss, (q_loss, q_data) = crr.actor_loss(actor, batch, weight), crr.critic_loss(critic, batch, y)
         pi_grad = step_by_hand(pi_loss, list(actor.parameters()), 0.01)
         q_grad = step_by_hand(q_loss, list(critic.parameters()), 0.01)
-        if renew:
+        if copy_targets:
             actor_target, critic_target = copy.deepcopy([actor, critic])
         for got, want in zip(nets, (actor, actor_target, critic, critic_target)):
             assert_close(flat(got), flat(want), 1e-12)
@@ -283,6 +283,16 @@ def test_update_is_the_algorithm_box(weighting, renew):
                         effective_share=weight.sum() ** 2 / 16 / (weight**2).sum())
         for name, value in expected.items():
             assert_close(metrics[name], value, 1e-12)
+
+
+def test_copy_weights_copies_once():
+    """(E7): equal parameters, which then go their own ways; the online network is left alone."""
+    target, online = make_critic(), make_critic()
+    before = flat(online)
+    crr.copy_weights(target, online)
+    assert torch.equal(flat(target), before) and torch.equal(flat(online), before)
+    online.layers[0].weight.data += 1.0
+    assert torch.equal(flat(target), before)
 
 
 def test_each_loss_moves_its_own_network_only():
@@ -327,10 +337,11 @@ def test_the_better_of_two_modes(monkeypatch, seed):
     for weighting, beta in (("exp", 1e6), ("exp", 0.2), ("binary", 1.0)):
         torch.manual_seed(seed)
         data = tiny_data(64, action_dim=1)
-        data.packed.zero_()
-        columns = data.columns(data.packed)
-        columns.action[:, 0] = torch.tensor([-0.6, 0.6]).repeat(32)
-        columns.reward[:], columns.terminated[:] = torch.tensor([0.0, 1.0]).repeat(32), 1.0
+        data.obs.zero_()
+        data.next_obs.zero_()
+        data.action[:, 0] = torch.tensor([-0.6, 0.6]).repeat(32)
+        data.reward[:] = torch.tensor([0.0, 1.0]).repeat(32)
+        data.terminated[:] = 1.0
         modes[beta], _ = train_on(data, monkeypatch, 200, beta=beta, weighting=weighting)
     assert abs(modes[1e6]) < 0.25 and 0.45 < modes[0.2] < 0.7 and 0.45 < modes[1.0] < 0.7, modes
 
@@ -339,8 +350,9 @@ def test_it_stays_where_sac_leaves_the_data(monkeypatch):
     """The corridor of test_cql.py: actions in [−0.2, 0.2] earn r = a for ever, so no data action is worth more than 2."""
     torch.manual_seed(0)
     data = tiny_data(256, action_dim=1)
-    data.packed.zero_()
-    data.columns(data.packed).action[:, 0] = data.columns(data.packed).reward[:] = torch.linspace(-0.2, 0.2, 256)
+    for column in (data.obs, data.next_obs, data.terminated):
+        column.zero_()
+    data.action[:, 0] = data.reward[:] = torch.linspace(-0.2, 0.2, 256)
     action, q = train_on(data, monkeypatch, 250, beta=0.1, gamma=0.9)
     assert 0.05 < action < 0.25 and q < 2, "above the data's average, 0, and within the data"
 
@@ -350,3 +362,13 @@ def test_it_stays_where_sac_leaves_the_data(monkeypatch):
     for _ in range(200):
         sac.update(sac.Args(batch_size=32, gamma=0.9, target_rate=0.2), data, *parts, *optimizers)
     assert parts[0].act(torch.zeros(1, 3)).item() > 0.9
+
+
+# ---- settings
+
+
+@pytest.mark.parametrize("setting, value", [("beta", 0.0), ("num_samples", 0), ("target_every", 0), ("max_weight", -1.0)])
+def test_settings_out_of_range_are_refused(monkeypatch, capsys, setting, value):
+    with pytest.raises(SystemExit) as stop:
+        silent_train(monkeypatch, crr, tiny_data(), steps=2, **{setting: value})
+    assert stop.value.code == 2 and f"--{setting.replace('_', '-')} must be" in capsys.readouterr().err

@@ -1,13 +1,25 @@
 """Decision Transformer against a slow transformer, and what makes it one: causality, padding, returns-to-go, memory."""
 import copy
+import json
 import math
+
+import common
 
 import decision_transformer as dt
 import numpy as np
 import pytest
 import torch
 from decision_transformer import Actor, Args, Player, Window
-from helpers import assert_close, assert_gradient, flat, make, silent_train, slow_dense, tiny_data
+from helpers import (
+    SilentRun,
+    assert_close,
+    assert_gradient,
+    flat,
+    make,
+    silent_train,
+    slow_dense,
+    tiny_data,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -16,6 +28,7 @@ def small(exact, monkeypatch):
     for name, value in dict(CONTEXT=4, WIDTH=6, LAYERS=2, HEADS=2, MAX_STEPS=9).items():
         monkeypatch.setattr(dt, name, value)
     monkeypatch.setattr(dt, "evaluate", lambda *_: np.zeros(1))
+    monkeypatch.setattr(SilentRun, "max_steps", 77, raising=False)
 
 
 def window(lengths=(4, 2, 1), steps=4, obs_dim=3, action_dim=2):
@@ -220,29 +233,27 @@ def test_blocks_start_as_gpt_2_and_the_rest_as_pytorch(monkeypatch):
 def episodes_data(*rewards, terminated=()):
     """An episode for each list of rewards; a time limit ends those that are not in `terminated`."""
     data = tiny_data(sum(map(len, rewards)))
-    seen = data.columns(data.packed)
-    seen.reward[:] = torch.tensor([r for episode in rewards for r in episode])
-    seen.terminated.zero_(), data.truncated.zero_()
+    data.reward[:] = torch.tensor([r for episode in rewards for r in episode])
+    data.terminated.zero_(), data.truncated.zero_()
     for i, last in enumerate(np.cumsum([len(episode) for episode in rewards]) - 1):
-        (seen.terminated if i in terminated else data.truncated)[last] = True
+        (data.terminated if i in terminated else data.truncated)[last] = True
     return data
 
 
 def test_returns_to_go():
     """(E1): (1, 2, 3) is (6, 5, 3), whichever way episodes end, not discounted, and nothing of the next one."""
     data = episodes_data([1, 2, 3], [10], [-1, 0, 0, 5], terminated=(1,))
-    rows, stop = dt.write_sentences(data, 1.0)
-    seen = data.columns(data.packed)
-    tail = torch.tensor([[6.0, 0], [5, 1], [3, 2], [10, 0], [4, 0], [5, 1], [5, 2], [5, 3]])
-    assert_close(rows, torch.cat([seen.obs, seen.action, tail], dim=1))
-    assert stop.tolist() == [3, 3, 3, 4, 8, 8, 8, 8]
-    assert_close(dt.write_sentences(data, 10.0)[0][:, 5], rows[:, 5] / 10)
+    places = dt.find_places(data, 1.0)
+    assert_close(places.to_go, [6.0, 5, 3, 10, 4, 5, 5, 5])
+    assert places.step.tolist() == [0, 1, 2, 0, 0, 1, 2, 3] and places.step.dtype == torch.long
+    assert places.stop.tolist() == [3, 3, 3, 4, 8, 8, 8, 8]
+    assert_close(dt.find_places(data, 10.0).to_go, places.to_go / 10)
 
 
 def test_late_steps_share_the_last_number():
     """MAX_STEPS = 9 embeddings: step 9 and 10 of an episode count as step 8."""
-    rows, _ = dt.write_sentences(episodes_data([0.0] * 11), 1.0)
-    assert rows[:, 6].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 8, 8]
+    places = dt.find_places(episodes_data([0.0] * 11), 1.0)
+    assert places.step.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 8, 8]
 
 
 def test_a_cut_off_episode_at_the_end_is_left_out(capsys):
@@ -250,9 +261,9 @@ def test_a_cut_off_episode_at_the_end_is_left_out(capsys):
     data = episodes_data([1, 2], [3, 4, 5])
     data.truncated[4] = False
     dt.drop_fragment(data)
-    assert len(data.packed) == len(data.truncated) == int(data.size) == 2
+    assert len(data.obs) == len(data.reward) == len(data.truncated) == data.size == 2
     dt.drop_fragment(data)
-    assert len(data.packed) == 2
+    assert len(data.obs) == 2
     data.truncated[1] = False
     with pytest.raises(SystemExit):
         dt.drop_fragment(data)
@@ -262,11 +273,12 @@ def test_a_cut_off_episode_at_the_end_is_left_out(capsys):
 def test_windows_equal_a_loop():
     """(E2): up to four rows from a start on, ending with the episode, at the right of the window; zeros before."""
     data = episodes_data([1, 2, 3], [4] * 6, [7])
-    rows, stop = dt.write_sentences(data, 1.0)
+    places = dt.find_places(data, 1.0)
+    rows = torch.cat([data.obs, data.action, places.to_go[:, None], places.step[:, None]], dim=1)
     torch.manual_seed(1)
-    w = dt.sample_windows(rows, stop, 50, 2)
+    w = dt.sample_windows(data, places, 50)
     torch.manual_seed(1)
-    starts = [int(u * 10) for u in torch.rand(50)]
+    starts = torch.randint(10, (50,)).tolist()
     assert set(starts) == set(range(10))
     for b, start in enumerate(starts):
         kept = list(range(start, min(start + 4, 3 if start < 3 else 9 if start < 9 else 10)))
@@ -280,8 +292,8 @@ def test_windows_equal_a_loop():
 
 def test_episodes_are_drawn_by_length():
     """Lengths 1 and 9: one window in ten is of the first; all starts are equally likely, and the last has one real step."""
-    rows, stop = dt.write_sentences(episodes_data([100.0], [1.0] * 9), 1.0)
-    w = dt.sample_windows(rows, stop, 20_000, 2)
+    data = episodes_data([100.0], [1.0] * 9)
+    w = dt.sample_windows(data, dt.find_places(data, 1.0), 20_000)
     first = w.to_go[torch.arange(20_000), w.real.int().argmax(dim=1)]
     counts = [(first == value).double().mean().item() for value in (100, 9, 8, 7, 6, 5, 4, 3, 2, 1)]
     assert max(abs(count - 0.1) for count in counts) < 0.01
@@ -294,16 +306,16 @@ def test_episodes_are_drawn_by_length():
 def test_update_is_one_clipped_step():
     """A gradient longer than clip_norm is shortened to it, one that is shorter stays; twice, with dropout's own draws."""
     data = tiny_data()
-    rows, stop = dt.write_sentences(data, 1.0)
+    places = dt.find_places(data, 1.0)
     for clip_norm in (0.01, 1e3):
         args, actor = Args(batch_size=5, dropout=0.2, clip_norm=clip_norm), bold(3, 2)
         by_hand, optimizer = copy.deepcopy(actor), torch.optim.SGD(actor.parameters(), lr=0.1)
         for seed in range(2):
             torch.manual_seed(seed)
-            metrics = dt.update(args, rows, stop, actor, optimizer)
+            metrics = dt.update(args, data, places, actor, optimizer)
 
             torch.manual_seed(seed)
-            loss = dt.action_loss(by_hand, dt.sample_windows(rows, stop, 5, 2), 0.2)
+            loss = dt.action_loss(by_hand, dt.sample_windows(data, places, 5), 0.2)
             grads = torch.autograd.grad(loss, list(by_hand.parameters()))
             norm = math.sqrt(sum(float((grad**2).sum()) for grad in grads))
             assert (norm > 0.1) and norm < 1e3
@@ -317,12 +329,12 @@ def test_train_warms_up_and_decays_every_parameter(monkeypatch):
     """(E8): 1/4, 2/4, 3/4, 1, 1 of the learning rate; AdamW's decay on all."""
     rates, plain_update = [], dt.update
 
-    def watched(args, rows, stop, actor, optimizer):
+    def watched(args, data, places, actor, optimizer):
         group, = optimizer.param_groups
         rates.append(float(group["lr"]))
         assert type(optimizer) is torch.optim.AdamW and group["weight_decay"] == 0.03
         assert len(group["params"]) == len(list(actor.parameters()))
-        return plain_update(args, rows, stop, actor, optimizer)
+        return plain_update(args, data, places, actor, optimizer)
 
     monkeypatch.setattr(dt, "update", watched)
     run = silent_train(monkeypatch, dt, tiny_data(), steps=5, batch_size=4, actor_lr=0.2, warmup_steps=4, weight_decay=0.03)
@@ -334,17 +346,17 @@ def test_train_standardises_without_a_floor_and_asks_for_the_best(monkeypatch, c
     """The finished actor holds units, scale and the best return of a complete episode; the second request is half of it."""
     data = episodes_data([1, 2, 3], [8, 8, 8], [9] * 6)
     data.truncated[-1] = False  # the best is cut off
-    raw = data.columns(data.packed.clone()).obs[:6]
+    raw = data.obs[:6].clone()
     asked = []
     monkeypatch.setattr(dt, "evaluate", lambda player, *rest: asked.append((player.target, rest)) or np.array([5.0, 7.0]))
     actor = silent_train(monkeypatch, dt, data, steps=1, batch_size=4, final_episodes=7, return_scale=50.0).actor
     assert_close(actor.obs_mean, raw.mean(0))
     assert_close(actor.obs_std, raw.std(0, correction=0) + 1e-6, 1e-12)
-    assert_close(data.columns(data.packed).obs, (raw - actor.obs_mean) / actor.obs_std)
+    assert_close(data.obs, (raw - actor.obs_mean) / actor.obs_std)
     assert_close(actor.action_mid, data.action_mid), assert_close(actor.action_half, data.action_half)
     assert actor.target_return == 24 and actor.return_scale == 50
-    (target, (env_id, episodes, seed, device, record)), = asked
-    assert (target, env_id, episodes, seed) == (12.0, "Pendulum-v1", 7, 10**9) and record.__name__ == "record"
+    (target, (env_spec, episodes, seed, device, max_steps)), = asked
+    assert (target, common.env_id(env_spec), episodes, seed, max_steps) == (12.0, "Pendulum-v1", 7, 10**9, 77)
     assert "asks for a return of 24.0" in (said := capsys.readouterr().out) and "asked for 12.0: return 6.0 ± 1.0" in said
 
 
@@ -355,6 +367,15 @@ def test_the_users_target_stands(monkeypatch, target, second):
     monkeypatch.setattr(dt, "evaluate", lambda player, *rest: asked.append(player.target) or np.zeros(1))
     actor = silent_train(monkeypatch, dt, tiny_data(), steps=1, batch_size=4, target_return=target).actor
     assert actor.target_return == target and asked == [second]
+
+
+def test_without_an_environment_nothing_is_played(monkeypatch):
+    asked = []
+    monkeypatch.setattr(dt, "evaluate", lambda player, *rest: asked.append(player.target) or np.zeros(1))
+    data = tiny_data()
+    data.env_spec = None
+    silent_train(monkeypatch, dt, data, steps=1, batch_size=4)
+    assert not asked
 
 
 def test_targets_of_the_suite():
@@ -382,13 +403,14 @@ class Listener(torch.nn.Module):
 
 
 def play(player, steps, episodes=1, reward=1.0, ends=()):
-    """Calls it and tells it a reward of 1 each time, `steps` times; `ends` holds (time, episode) of terminations."""
+    """Starts it, calls it and tells it a reward of 1 each time, `steps` times; `ends` holds (time, episode) of terminations."""
     alive, said = list(range(episodes)), []
+    player.start(episodes)
     for t in range(steps):
         obs = torch.arange(3.0) + 10 * t + 100 * torch.arange(episodes)[:, None]
         said.append(player(obs))
         for i in tuple(alive):
-            player.record(i, None, None, reward * (i + 1), None, (t, i) in ends, t == steps - 1)
+            player.record(i, reward * (i + 1))
             if (t, i) in ends:
                 alive.remove(i)
     return said
@@ -425,8 +447,8 @@ def test_acting_equals_predicting_with_the_whole_story():
             assert_close(w.action[:, -2], said[t - 1], 1e-12)
 
 
-def test_the_memory_begins_anew_when_all_episodes_have_ended():
-    """One that ended earlier is carried along, its request stays; after the last a new start, also with another number."""
+def test_start_empties_the_memory():
+    """One that ended earlier is carried along, its request stays; then a new start, also with another number."""
     listener = Listener()
     player = Player(listener, 6.0)
     play(player, 3, episodes=2, ends={(0, 0)})
@@ -446,7 +468,7 @@ def test_times_beyond_the_embedding():
 
 
 def test_a_saved_policy_is_complete():
-    """Units, request and scale travel with the weights; each `act` is a memory of its own and draws no random numbers."""
+    """Units, request and scale travel with the weights; acting draws no random numbers."""
     actor = bold(3, 2)
     actor.target_return.fill_(7.0), actor.return_scale.fill_(3.0)
     actor.obs_mean, actor.action_half = torch.tensor([1.0, 2, 3]), torch.tensor([2.0, 3])
@@ -455,8 +477,68 @@ def test_a_saved_policy_is_complete():
     before = torch.get_rng_state()
     one, two, other = play(actor.act, 6), play(copied.act, 6), play(Player(actor, 1.0), 6)
     assert torch.equal(torch.stack(one), torch.stack(two)) and not torch.equal(torch.stack(one), torch.stack(other))
-    assert torch.equal(torch.get_rng_state(), before) and actor.act is not actor.act
+    assert torch.equal(torch.get_rng_state(), before)
     assert not any(action.requires_grad for action in one)
+
+
+def test_act_is_one_player_and_a_copy_of_the_actor_has_its_own():
+    """actor.act(obs) at each step plays as act = actor.act does; what a copy plays and learns leaves the original alone."""
+    actor = bold(3, 2)
+    actor.target_return.fill_(7.0)
+    assert actor.act is actor.act and actor.act.actor is actor
+    want, said = play(actor.act, 6), []
+    actor.act.start(1)
+    for t in range(6):
+        said.append(actor.act(torch.arange(3.0)[None] + 10 * t))
+        actor.act.record(0, 1.0)
+    assert torch.equal(torch.stack(said), torch.stack(want))
+    copied = copy.deepcopy(actor)
+    assert copied.act is not actor.act and copied.act.actor is copied
+    assert torch.equal(copied.act.obs, actor.act.obs) and copied.act.time == 6
+    copied.head.bias.data += 1
+    copied.target_return.fill_(-7.0)
+    assert not torch.equal(torch.stack(play(copied.act, 6)), torch.stack(want))
+    assert torch.equal(torch.stack(play(actor.act, 6)), torch.stack(want))
+
+
+def test_without_a_start_it_refuses():
+    """Rather than play another policy in silence."""
+    player = bold(3, 2).act
+    with pytest.raises(ValueError, match="call start"):
+        player(torch.zeros(2, 3))
+    player.start(2)
+    player(torch.zeros(2, 3))
+    with pytest.raises(ValueError, match="call start"):
+        player(torch.zeros(3, 3))
+
+
+def test_load_policy_acts_like_the_run(monkeypatch, minari_root, tmp_path):
+    """The loaded policy earns, to the digit, what the run's own first evaluation did, and then again; also by hand, with
+    act.start and act.record; without start after the first episode, when its memory is not empty, it is another policy."""
+    torch.set_default_dtype(torch.float32)
+    monkeypatch.setattr(dt, "evaluate", common.evaluate)
+    dt.train(Args(env="pendulum-medium", steps=30, batch_size=16, actor_lr=1e-3, warmup_steps=1, eval_every=30,
+                  eval_episodes=3, final_episodes=1, device="cpu", out=str(tmp_path)))
+    folder = tmp_path / "decision_transformer" / "pendulum-medium" / "seed0"
+    want = json.loads((folder / "result.json").read_text())["curve"][0]["returns"]
+    act, saved = common.load_policy(folder), torch.load(folder / "policy.pt", weights_only=True)
+    for _ in range(2):
+        assert common.evaluate(act, saved["env_spec"], 3, 0).tolist() == want
+    assert not (folder / "policy.pt2").exists(), "a policy with a memory is no function of the observation"
+
+    def by_hand(start):
+        env, total, ended = common.make_env(saved["env_spec"]), 0.0, False
+        obs, _ = env.reset(seed=0)
+        if start:
+            act.start(1)
+        while not ended:
+            obs, reward, terminated, truncated, _ = env.step(act(torch.as_tensor(obs)[None])[0].numpy())
+            act.record(0, float(reward))
+            total, ended = total + float(reward), terminated or truncated
+        return total
+
+    assert by_hand(start=True) == pytest.approx(want[0], abs=1e-2)
+    assert by_hand(start=False) != pytest.approx(want[0], abs=1e-2)
 
 
 # ---- what it learns
@@ -475,7 +557,7 @@ def test_it_can_learn_an_episode_by_heart(monkeypatch):
     data = episodes_data(list(torch.randn(12)))
     losses = []
     plain_update = dt.update
-    monkeypatch.setattr(dt, "update", lambda *a: losses.append(plain_update(*a)["action_loss"]) or {})
+    monkeypatch.setattr(dt, "update", lambda *a, **b: losses.append(plain_update(*a, **b)["action_loss"]) or {})
     learn(data, monkeypatch, steps=400, batch_size=12, weight_decay=0.0, actor_lr=8e-3)
     assert torch.stack(losses[-20:]).max() < 1e-4 < losses[0]
 
@@ -483,9 +565,13 @@ def test_it_can_learn_an_episode_by_heart(monkeypatch):
 def test_it_does_what_it_is_asked_for(monkeypatch):
     """C16 in one state: actions of -0.8 earn 0, of 0.8 earn 1. A clone does the mean, DT what belongs to the request."""
     data = episodes_data(*[[float(i % 2)] for i in range(40)])
-    data.columns(data.packed).obs.zero_()
-    data.columns(data.packed).action[:] = 1.6 * (torch.arange(40) % 2)[:, None] - 0.8
+    data.obs.zero_()
+    data.action[:] = 1.6 * (torch.arange(40) % 2)[:, None] - 0.8
     data.action_mid, data.action_half = torch.zeros(2), torch.ones(2)
     actor = learn(data, monkeypatch, steps=60, batch_size=32).actor
-    said = [Player(actor, asked)(torch.zeros(1, 3)) for asked in (0.0, 1.0)]
+    said = []
+    for asked in (0.0, 1.0):
+        player = Player(actor, asked)
+        player.start(1)
+        said.append(player(torch.zeros(1, 3)))
     assert_close(torch.cat(said), [[-0.8, -0.8], [0.8, 0.8]], 0.1)

@@ -1,8 +1,13 @@
-"""The learned model that mopo.py and combo.py share: its loss, its bounds, its holdout, and when bodies fall."""
+"""The learned model that mopo.py and combo.py share: its loss, its bounds, its holdout, and when bodies fall.
+
+Also what all three model-based files share: the pool, the order of training, the data that they refuse.
+"""
 import ast
 import copy
 import math
 from types import SimpleNamespace
+
+from common import Batch
 
 import combo
 import gymnasium as gym
@@ -29,7 +34,7 @@ def small(exact, monkeypatch):
 
 def slow_dynamics(dynamics, m, x):
     """Mean and log variance of network m at one raw x, one number at a time."""
-    x = [(v - mean) / std for v, mean, std in zip(x, *dynamics.units.tolist(), strict=True)]
+    x = [(v - mean) / std for v, mean, std in zip(x, dynamics.x_mean.tolist(), dynamics.x_std.tolist(), strict=True)]
     for i, layer in enumerate(dynamics.layers):
         x = [v / (1 + math.exp(-v)) for v in x] if i else x
         x = slow_dense(x, layer.weight[m].T.tolist(), layer.bias[m, 0].tolist())
@@ -44,7 +49,8 @@ def some_dynamics(module=mopo):
     for layer in dynamics.layers:
         layer.bias.data.normal_()
     dynamics.bounds.data = torch.stack([torch.linspace(-2, -1, 4), torch.linspace(0.5, 1, 4)])
-    dynamics.units.copy_(torch.stack([torch.randn(5), torch.rand(5) + 0.5]))
+    dynamics.x_mean.copy_(torch.randn(5))
+    dynamics.x_std.copy_(torch.rand(5) + 0.5)
     return dynamics
 
 
@@ -65,9 +71,23 @@ def no_run(tmp_path, **what):
 def plain_data(obs, action, next_obs, reward, env_id="Pendulum-v1"):
     """A dataset of these columns, without terminations."""
     data = tiny_data(len(obs), action_dim=action.shape[1])
-    data.env_id, data.obs_dim = env_id, obs.shape[1]
-    data.packed = torch.cat([obs, action, next_obs, reward[:, None], torch.zeros(len(obs), 1)], dim=1)
+    data.obs, data.action, data.reward, data.next_obs = obs, action, reward, next_obs
+    data.terminated.zero_()
+    data.obs_shape, data.obs_dim = obs.shape[1:], obs.shape[1]
+    data.env_spec = gym.spec(env_id).to_json()
     return data
+
+
+def as_rows(batch):
+    """obs, action, next_obs, reward, terminated side by side, (B, 2S + A + 2)."""
+    return torch.cat([batch.obs, batch.action, batch.next_obs, batch.reward[:, None], batch.terminated[:, None]], dim=1)
+
+
+def filled_pool(module, data):
+    """A pool that holds the rows of a dataset."""
+    pool = module.Pool(data.size, data)
+    pool.add(data.rows(torch.arange(data.size)))
+    return pool
 
 
 # ---- copies
@@ -83,11 +103,11 @@ def test_the_shared_parts_are_word_for_word_the_same():
     """The model in mopo and combo; the rules in all three; what they take from sac, and combo from cql."""
     ours = {name: definitions(name) for name in ("mopo", "combo", "morel", "sac", "cql")}
     model = ("Dynamics", "dynamics_loss", "fit", "EnsembleLinear", "WEIGHT_DECAY", "FALLS", "(MAX_HOLDOUT, PATIENCE)",
-             "(DYNAMICS_LR, DYNAMICS_BATCH)", "(NETWORKS, ELITES, DYNAMICS_HIDDEN)")
-    agent = ("mlp", "Critic", "sample_action", "actor_loss", "descend", "polyak_update")
+             "(DYNAMICS_LR, DYNAMICS_BATCH)", "(NETWORKS, ELITES)", "DYNAMICS_HIDDEN")
+    agent = ("mlp", "Critic", "sample_action", "actor_loss", "entropy_coef_loss", "descend", "polyak_update")
     for name in model:
         assert ours["mopo"][name] == ours["combo"][name], name
-    for name in ("FALLS", "Actor"):  # the Actor is sac.py's but for to_env, which only online runs need
+    for name in ("FALLS", "hopper_falls", "walker2d_falls", "never_falls", "Actor", "Pool", "join", "model_rows"):
         assert ours["mopo"][name] == ours["morel"][name] == ours["combo"][name], name
     for file in ("mopo", "combo", "morel"):
         assert all(ours[file][name] == ours["sac"][name] for name in agent), file
@@ -210,8 +230,8 @@ def test_fit_bootstraps_once_and_holds_rows_back(monkeypatch, tmp_path):
     assert all(20 < len(row.unique()) < 34 for row in rows), "with replacement, 63% of the rows"
     assert 39 <= len(rows.unique()) <= 40
     trained_on = torch.tensor([i for i in range(50) if i in set(rows.flatten().tolist())]).double()
-    assert_close(dynamics.units[:, 0], [trained_on.mean(), trained_on.std(correction=0)])
-    assert dynamics.units[:, 1].tolist() == [0.0, 1.0], "what never changes is not divided by 0"
+    assert_close([dynamics.x_mean[0], dynamics.x_std[0]], [trained_on.mean(), trained_on.std(correction=0)])
+    assert [dynamics.x_mean[1].item(), dynamics.x_std[1].item()] == [0.0, 1.0], "what never changes is not divided by 0"
 
 
 def test_holdout_is_a_fifth_and_at_most_its_cap(monkeypatch, tmp_path):
@@ -225,10 +245,10 @@ def test_the_jump_into_another_episode_is_not_fitted(monkeypatch, tmp_path):
     """Terminated, yet standing: such a next state is another episode's. Terminated and fallen is what a model must know."""
     obs = torch.cat([torch.ones(30, 1), torch.zeros(30, 2)], 1)
     obs[:, 2] = torch.arange(30)
-    next_obs, data = obs.clone(), None
+    next_obs = obs.clone()
     next_obs[4, 0] = 0.5  # fell
     data = plain_data(obs, torch.zeros(30, 1), next_obs, torch.zeros(30), "Hopper-v5")
-    data.columns(data.packed).terminated[[4, 9]] = 1
+    data.terminated[[4, 9]] = 1
     monkeypatch.setattr(mopo, "MAX_HOLDOUT", 1)
     _, seen = recorded_fit(monkeypatch, tmp_path, data, 1)
     rows = set(torch.cat(seen, 1)[..., 2].flatten().tolist())
@@ -400,8 +420,8 @@ def test_rules_of_bodies_that_never_fall(env_id):
 @pytest.mark.parametrize("module", ALL)
 def test_a_body_without_a_rule_is_refused_in_one_line(module, monkeypatch, capsys):
     data = tiny_data()
-    data.env_id = "Ant-v5"
-    monkeypatch.setattr(module, "load_dataset", lambda *_: data)
+    data.env_spec = gym.spec("Ant-v5").to_json()
+    monkeypatch.setattr(module, "load_dataset", lambda *_, **__: data)
     with pytest.raises(SystemExit) as stop:
         module.train(module.Args())
     error = capsys.readouterr().err
@@ -428,8 +448,8 @@ def test_every_elite_has_its_share(module):
     for _ in range(2):
         torch.manual_seed(0)
         rollouts.append(module.imagine(args, data, Counting(), lambda obs: (obs[:, :1], obs[:, :1])))
-    assert torch.equal(*rollouts)
-    seen = data.columns(rollouts[0])
+    assert torch.equal(*map(as_rows, rollouts))
+    seen = rollouts[0]
     chosen = (seen.next_obs - seen.obs).mean(1).round().long()
     shares = torch.bincount(chosen, minlength=7) / 100_000
     assert (shares[[6, 2, 0, 3, 5]] - 0.2).abs().max() < 0.01 and not shares[[1, 4]].any()
@@ -446,7 +466,7 @@ def test_each_row_and_step_has_an_elite_of_its_own(module):
         def __call__(self, x):
             return 10.0 ** torch.arange(7)[:, None, None].expand(7, len(x), 4), torch.full((7, len(x), 4), -80.0)
 
-    rows = data.columns(module.imagine(module.Args(rollout_starts=50, horizon=3), data, Stepping(), module.Actor(3, 1)))
+    rows = module.imagine(module.Args(rollout_starts=50, horizon=3), data, Stepping(), module.Actor(3, 1))
     elite = (rows.next_obs - rows.obs)[:, 0].log10().round().view(3, 50)
     assert len(elite[0].unique()) == 5 and (elite[0] != elite[1]).any()
     assert_close(rows.obs[50:], rows.next_obs[:-50])  # each step begins where the one before ended
@@ -456,12 +476,26 @@ def test_each_row_and_step_has_an_elite_of_its_own(module):
 
 
 def trained(module, monkeypatch, tmp_path, imagine=None, fit=lambda *_: None, size=12, **args):
-    """A silent run, with a model that is not fitted, and maybe scripted rollouts."""
+    """A silent run, with a model that is not fitted, and maybe scripted rollouts. Its history has the pool's rows too."""
+    snapshot = SilentRun.snapshot
+
+    def snapshot_with_pool(self):
+        snapshot(self)
+        self.history[-1]["pool"] = as_rows(self.state["pool"]).clone()
+
     for name, value in vars(no_run(tmp_path)).items():
         monkeypatch.setattr(SilentRun, name, value, raising=False)
-    monkeypatch.setattr(module, "fit", fit)
-    monkeypatch.setattr(module, "imagine", imagine or module.imagine)
-    return silent_train(monkeypatch, module, tiny_data(size, action_dim=1), batch_size=20, **args)
+    with monkeypatch.context() as patch:
+        patch.setattr(SilentRun, "snapshot", snapshot_with_pool)
+        patch.setattr(module, "fit", fit)
+        patch.setattr(module, "imagine", imagine or module.imagine)
+        return silent_train(patch, module, tiny_data(size, action_dim=1), batch_size=20, **args)
+
+
+def numbered(*numbers):
+    """Transitions full of these numbers."""
+    column = torch.tensor(numbers, dtype=torch.get_default_dtype())
+    return Batch(column[:, None].expand(-1, 3), column[:, None], column, column[:, None].expand(-1, 3), column)
 
 
 @pytest.mark.parametrize("module", ALL)
@@ -470,10 +504,12 @@ def test_the_pool_holds_the_newest_rows_in_their_order(module, monkeypatch, tmp_
     numbers, sizes, seen = iter(range(1, 1000)), [5, 5, 5, 1, 12], []
 
     def imagine(*_):
-        return torch.tensor([[float(next(numbers))] * 9 for _ in range(sizes[len(seen)])])
+        return numbered(*(float(next(numbers)) for _ in range(sizes[len(seen)])))
 
     def step(self, *_):
-        seen.append((int(self.state["pool_size"]), self.state["pool"][:, 0].tolist()))
+        rows = as_rows(self.state["pool"])
+        assert (rows == rows[:, :1]).all(), "the columns of one transition stay together"
+        seen.append((int(self.state["pool"].size), rows[:, 0].tolist()))
 
     monkeypatch.setattr(SilentRun, "step", step)
     trained(module, monkeypatch, tmp_path, imagine, steps=5, rollout_every=1, rollout_starts=4, horizon=3, retain=1)
@@ -483,13 +519,26 @@ def test_the_pool_holds_the_newest_rows_in_their_order(module, monkeypatch, tmp_
 
 
 @pytest.mark.parametrize("module", ALL)
+def test_the_pool_draws_whole_rows_of_those_in_use_alike(module):
+    """Room for 40, seven in use: each has a seventh of 70,000 draws. Its tensors stay where they are, for CUDA graphs."""
+    pool = module.Pool(40, tiny_data(action_dim=1))
+    before = [tensor.data_ptr() for tensor in pool.buffers()]
+    pool.add(numbered(3, 4))
+    pool.add(numbered(5, 6, 7, 8, 9))
+    assert [tensor.data_ptr() for tensor in pool.buffers()] == before
+    rows = as_rows(pool.sample(70_000))
+    assert (rows == rows[:, :1]).all() and rows[:, 0].unique().tolist() == [3, 4, 5, 6, 7, 8, 9]
+    assert (torch.bincount(rows[:, 0].long())[3:] / 70_000 - 1 / 7).abs().max() < 0.01
+
+
+@pytest.mark.parametrize("module", ALL)
 def test_rollouts_come_before_the_first_update_of_each_round(module, monkeypatch, tmp_path):
     """With every 3 updates: before 1, 4 and 7; each with the policy of that moment."""
     policies = []
 
     def imagine(args, data, dynamics, actor):
         policies.append(flat(actor))
-        return torch.full((2, 9), 0.1 * len(policies))
+        return numbered(*[0.1 * len(policies)] * 2)
 
     run = trained(module, monkeypatch, tmp_path, imagine, steps=8, rollout_every=3)
     assert len(policies) == 3
@@ -508,8 +557,8 @@ def test_train_moves_every_part_each_step(module, monkeypatch, tmp_path):
     assert run.steps_that_moved("pool") == [1, 3]
     assert torch.equal(run.history[0]["critic"], run.history[0]["critic_target"])
     assert not torch.equal(run.history[3]["critic"], run.history[3]["critic_target"])
-    assert run.history[0]["log_entropy_coef"] == 0 and run.state["pool"].shape == (40, 9)
-    assert 0 < run.state["pool_size"] <= 40
+    assert run.history[0]["log_entropy_coef"] == 0 and as_rows(run.state["pool"]).shape == (40, 9)
+    assert 0 < run.state["pool"].size <= 40
     for name, rate in dict(actor=0.01, critic=0.02, entropy=0.01).items():
         assert run.state[f"{name}_optimizer"].param_groups[0]["lr"] == rate
 
@@ -528,11 +577,46 @@ def test_a_second_start_goes_the_same_way_without_a_fit(module, monkeypatch, tmp
 
 @pytest.mark.parametrize("module", ALL)
 def test_bad_settings_get_one_line(module, monkeypatch, tmp_path, capsys):
-    own = {mopo: [], combo: [dict(real_share=0.0), dict(real_share=1.0), dict(beta=-1.0), dict(num_samples=0)],
-           morel: [dict(gamma=1.0)]}[module]
+    own = {mopo: [dict(penalty_weight=-1.0)],
+           combo: [dict(real_share=0.0), dict(real_share=1.0), dict(beta=-1.0), dict(num_samples=0)],
+           morel: [dict(gamma=1.0), dict(beta=-1.0), dict(penalty_weight=-1.0)]}[module]
     for args in (dict(horizon=0), dict(rollout_starts=0), dict(retain=0), dict(dynamics_epochs=0), dict(rollout_every=0),
                  dict(real_share=1.1), dict(real_share=-0.1), *own):
         with pytest.raises(SystemExit) as stop:
             trained(module, monkeypatch, tmp_path, steps=1, **args)
         error = capsys.readouterr().err
         assert stop.value.code == 2 and "--" + next(iter(args)).replace("_", "-") in error and error.count("\n") == 1
+
+
+# ---- data that no model can be fitted to
+
+
+@pytest.mark.parametrize("module", ALL)
+@pytest.mark.parametrize("rows, terminated, env_id, words", [
+    (3, 0, "Pendulum-v1", "fewer than 10"), (50, 1, "Pendulum-v1", "fewer than 10"), (50, 1, None, "no known environment"),
+])
+def test_data_without_a_model_are_refused_in_one_line(module, rows, terminated, env_id, words, monkeypatch, tmp_path, capsys):
+    """Three rows, rows that all terminate where nothing falls, no environment: before a folder is made."""
+    data = tiny_data(rows)
+    data.terminated[:] = terminated
+    data.env_spec = gym.spec(env_id).to_json() if env_id else None
+    monkeypatch.setattr(module, "load_dataset", lambda *_, **__: data)
+    monkeypatch.setattr(module, "Run", lambda *_, **__: pytest.fail("a run began"))
+    with pytest.raises(SystemExit) as stop:
+        module.train(module.Args(out=str(tmp_path)))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and words in error and data.name in error and error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("module", ALL)
+def test_a_model_of_data_in_which_everything_falls_at_once(module, tmp_path):
+    """Hopper that falls in every row: that is what the model learns, and holdout errors are numbers."""
+    next_obs = torch.zeros(50, 3)
+    data = plain_data(torch.randn(50, 3), torch.randn(50, 1), next_obs, torch.randn(50), "Hopper-v5")
+    data.terminated[:] = 1
+    dynamics = module.Dynamics(3, 1)
+    module.fit(dynamics, data, module.Args(dynamics_epochs=2), no_run(tmp_path))
+    assert flat(dynamics).isfinite().all()
+    rows = module.imagine(module.Args(rollout_starts=20, horizon=3), data, dynamics, module.Actor(3, 1))
+    assert as_rows(rows).isfinite().all() and len(rows.obs) >= 20

@@ -3,6 +3,8 @@ import copy
 import math
 import sys
 
+from common import parse_args
+
 import edac
 import pytest
 import sac
@@ -70,19 +72,23 @@ def slow_similarity(critic, obs, action, eps=1e-6):
 
 
 class LinearCritic(nn.Module):
-    """Q_k(s, a) = w_k · a: slopes that are known. `layers` lets critic_loss see how many there are."""
+    """Q_k(s, a) = w_k · a: slopes that are known."""
 
     def __init__(self, weight):
         super().__init__()
         self.weight = nn.Parameter(torch.as_tensor(weight))
-        self.layers = [self]
 
     def forward(self, obs, action):
         return torch.einsum("kba,ka->kb", action, self.weight)
 
 
+def loss_of(critic, batch, y, weight):
+    """critic_loss for as many critics as there are."""
+    return edac.critic_loss(critic, batch, y, len(next(critic.parameters())), weight)
+
+
 def similarity(critic, batch):
-    return edac.critic_loss(critic, batch, torch.zeros(len(batch.obs)), 1.0)[1]["similarity"]
+    return loss_of(critic, batch, torch.zeros(len(batch.obs)), 1.0)[1]["similarity"]
 
 
 # ---- losses against loops
@@ -121,7 +127,7 @@ def test_critic_loss_equals_a_loop(weight):
     q = [[slow_critic(critic, k, batch.obs[b], batch.action[b].tolist()) for b in range(4)] for k in range(N)]
     squares = sum((q[k][b] - float(y[b])) ** 2 / 4 for k in range(N) for b in range(4))
     alike = sum(slow_similarity(critic, batch.obs[b], batch.action[b]) for b in range(4)) / 4
-    loss, metrics = edac.critic_loss(critic, batch, y, weight)
+    loss, metrics = loss_of(critic, batch, y, weight)
     assert_close(loss, squares + weight * alike, 1e-6)
     assert_close(metrics.pop("q_data"), sum(map(sum, q)) / 4 / N)
     spread = [math.sqrt(sum((q[k][b] - sum(q[j][b] for j in range(N)) / N) ** 2 for k in range(N)) / N) for b in range(4)]
@@ -135,7 +141,7 @@ def test_gradient_of_the_similarity():
     other = copy.deepcopy(critic)
     y = torch.randn(4)
     for net, weight in ((critic, 1.0), (other, 0.0)):
-        edac.critic_loss(net, batch, y, weight)[0].backward()
+        loss_of(net, batch, y, weight)[0].backward()
     got = critic.layers[-1].weight.grad - other.layers[-1].weight.grad  # (K, 6, 1)
     assert got.abs().max() > 1e-2
     for k in range(3):
@@ -152,7 +158,7 @@ def test_critic_loss_refuses_a_column_of_targets():
     """A target (B, 1) would silently compare every Q with every y."""
     for weight in (0.0, 1.0):
         with pytest.raises(AssertionError):
-            edac.critic_loss(Critic(3, 2, N), tiny_batch(), torch.randn(4, 1), weight)
+            loss_of(Critic(3, 2, N), tiny_batch(), torch.randn(4, 1), weight)
 
 
 def test_actor_loss_equals_a_loop(monkeypatch):
@@ -232,7 +238,7 @@ def test_linear_critics():
     critic = LinearCritic(weight)
     cosines = [torch.nn.functional.cosine_similarity(weight[i], weight[j], dim=0) for i in range(4) for j in range(4) if i != j]
     assert_close(similarity(critic, batch), sum(cosines) / 3)
-    loss = [edac.critic_loss(critic, batch, torch.zeros(4), eta)[0] for eta in (1.0, 0.0)]
+    loss = [loss_of(critic, batch, torch.zeros(4), eta)[0] for eta in (1.0, 0.0)]
     got = torch.autograd.grad(loss[0] - loss[1], critic.weight)[0]
     w = weight.clone().requires_grad_()
     unit = w / w.norm(dim=1, keepdim=True)
@@ -252,7 +258,7 @@ def test_a_flat_critic_breaks_nothing():
     """Where a critic has slope zero, its direction counts as zero, and every gradient is finite."""
     critic, batch = networks()[1], tiny_batch()
     critic.layers[-1].weight.data[1] = 0.0
-    loss, _ = edac.critic_loss(critic, batch, torch.zeros(4), 1.0)
+    loss, _ = loss_of(critic, batch, torch.zeros(4), 1.0)
     loss.backward()
     assert all(p.grad.isfinite().all() for p in critic.parameters())
     assert_close(similarity(LinearCritic([[0.0, 0.0], [1.0, 0.0], [1.0, 0.0]]), batch), 1.0)
@@ -263,7 +269,7 @@ def test_with_one_action_dimension_there_is_nothing_to_turn():
     critic, batch, grads = lively(action_dim=1), tiny_batch(action_dim=1), []
     for weight in (0.0, 1.0):
         critic.zero_grad()
-        edac.critic_loss(critic, batch, torch.zeros(4), weight)[0].backward()
+        loss_of(critic, batch, torch.zeros(4), weight)[0].backward()
         grads.append(flat_grad(critic))
     assert_close(*grads, 1e-5)  # the 1e-10 beside the norm leaves a trace
 
@@ -276,7 +282,7 @@ def test_the_similarity_makes_critics_different():
     before, action = similarity(critic, batch), batch.action.clone()
     optimizer = torch.optim.Adam(critic.parameters(), lr=3e-3)
     for _ in range(40):
-        loss, metrics = edac.critic_loss(critic, batch, torch.zeros(4), 1e3)
+        loss, metrics = loss_of(critic, batch, torch.zeros(4), 1e3)
         edac.descend(loss, optimizer)
     assert before > 2 and metrics["similarity"] < 0
     assert torch.equal(batch.action, action) and not batch.action.requires_grad
@@ -288,6 +294,8 @@ def test_the_similarity_makes_critics_different():
 def one_update(algorithm, nets, **args):
     torch.manual_seed(3)
     nets = copy.deepcopy(nets)
+    if algorithm is edac:
+        args["num_critics"] = len(nets[1].layers[0].weight)
     metrics = algorithm.update(algorithm.Args(batch_size=4, gamma=0.9, target_rate=0.3, **args), tiny_data(), *nets,
                                *sgd(nets[0], nets[1], nets[3]))
     return [flat(net) for net in nets[:3]] + [nets[3].detach()], metrics
@@ -338,7 +346,7 @@ def sgd(actor, critic, log_alpha, lr=0.01):
 
 def test_update_is_the_algorithm_box():
     """Q, then π on the new Q, then α, each with the old α; then (E8), exactly."""
-    args = Args(batch_size=4, gamma=0.9, target_rate=0.3, diversity_weight=0.8)
+    args = Args(batch_size=4, gamma=0.9, target_rate=0.3, num_critics=N, diversity_weight=0.8)
     data, nets = tiny_data(), networks()
     actor, critic, critic_target, log_alpha = copy.deepcopy(nets)
     optimizers = sgd(nets[0], nets[1], nets[3])
@@ -349,7 +357,7 @@ def test_update_is_the_algorithm_box():
         torch.manual_seed(seed)
         batch, alpha = data.sample(4), log_alpha.detach().exp()
         y = edac.soft_td_target(actor, critic_target, alpha, batch, 0.9)
-        q_loss, watched = edac.critic_loss(critic, batch, y, 0.8)
+        q_loss, watched = edac.critic_loss(critic, batch, y, N, 0.8)
         q_grad = step_by_hand(q_loss, list(critic.parameters()), 0.01)
         pi_loss, log_prob, q_policy = edac.actor_loss(actor, critic, alpha, batch.obs)
         step_by_hand(pi_loss, list(actor.parameters()), 0.01)
@@ -398,7 +406,7 @@ def test_too_few_critics_are_refused(monkeypatch, capsys):
 
 def parse(monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["edac.py", *arguments])
-    return edac.parse_args()
+    return parse_args(Args, edac.TUNED)
 
 
 def test_tuned_values_fill_what_the_user_leaves_open(monkeypatch, capsys):
@@ -419,13 +427,14 @@ def disagreement(num, weight, seed):
     """One state; data actions in [−0.2, 0.2]² earn nothing. How far the smallest Q falls from the data to the border."""
     torch.manual_seed(seed)
     data = tiny_data(256)
-    data.packed.zero_()
-    data.columns(data.packed).action.copy_(0.4 * torch.rand(256, 2) - 0.2)
+    data.obs = data.next_obs = torch.zeros(256, 3)
+    data.reward = data.terminated = torch.zeros(256)
+    data.action = 0.4 * torch.rand(256, 2) - 0.2
     critic = Critic(3, 2, num)
     optimizer = torch.optim.Adam(critic.parameters(), lr=3e-3)
     for _ in range(150):
         batch = data.sample(32)
-        edac.descend(edac.critic_loss(critic, batch, batch.reward, weight)[0], optimizer)
+        edac.descend(loss_of(critic, batch, batch.reward, weight)[0], optimizer)
     angles = torch.arange(64) * (2 * math.pi / 64)
     border = 0.9 * torch.stack([angles.cos(), angles.sin()], dim=1)
     with torch.no_grad():
@@ -448,15 +457,15 @@ def test_members_agree_where_all_of_them_are_wrong(monkeypatch):
     monkeypatch.setattr(edac, "HIDDEN", (32, 32))
     torch.manual_seed(0)
     data = tiny_data(512)
-    data.packed.zero_()
-    columns = data.columns(data.packed)
-    columns.action.copy_(0.4 * torch.rand(512, 2) - 0.2)
-    columns.reward.copy_(-10 * columns.action.pow(2).sum(dim=1))
+    data.obs = data.next_obs = torch.zeros(512, 3)
+    data.terminated = torch.zeros(512)
+    data.action = 0.4 * torch.rand(512, 2) - 0.2
+    data.reward = -10 * data.action.pow(2).sum(dim=1)
     critic = Critic(3, 2, 10)
     optimizer = torch.optim.Adam(critic.parameters(), lr=3e-3)
     for _ in range(600):
         batch = data.sample(64)
-        edac.descend(edac.critic_loss(critic, batch, batch.reward, 0.0)[0], optimizer)
+        edac.descend(loss_of(critic, batch, batch.reward, 0.0)[0], optimizer)
     angles = torch.arange(64) * (2 * math.pi / 64)
     found = {}
     for radius in (0.1, 0.9):

@@ -2,6 +2,8 @@
 import copy
 import json
 
+import common
+
 import bc
 import decision_transformer
 import fqe
@@ -61,17 +63,16 @@ def test_update_is_one_step_for_all_policies():
     """A batch with each policy's action at s′, a step of C, then (E3); twice."""
     data, args = tiny_data(), Args(batch_size=5, gamma=0.9, target_rate=0.3)
     actions = 2 * torch.rand(12, 3, 2) - 1  # of three policies
-    rows = torch.cat([data.packed, actions.flatten(1)], dim=1)
     critic, target = make(PolicyCritic, 3, 2, 3), make(PolicyCritic, 3, 2, 3)
     by_hand, by_hand_target = copy.deepcopy(critic), copy.deepcopy(target)
     optimizer = torch.optim.SGD(critic.parameters(), lr=0.05)
     for seed in range(2):
         torch.manual_seed(seed)
-        loss = fqe.update(args, data, rows, WIDE, critic, target, optimizer)
+        loss = fqe.update(args, data, actions, WIDE, critic, target, optimizer)
 
         torch.manual_seed(seed)
-        drawn = [int(u * 12) for u in torch.rand(5)]
-        batch = data.columns(data.packed[drawn])
+        drawn = torch.randint(12, (5,))
+        batch = data.rows(drawn)
         y = fqe.td_target(by_hand_target, batch, torch.stack([actions[drawn, p] for p in range(3)]), WIDE, 0.9)
         want = fqe.critic_loss(by_hand, batch, y)
         step_by_hand(want, list(by_hand.parameters()), 0.05)
@@ -80,6 +81,45 @@ def test_update_is_one_step_for_all_policies():
         assert_close(loss, want, 1e-12)
         assert_close(flat(critic), flat(by_hand), 1e-12), assert_close(flat(target), flat(by_hand_target), 1e-12)
     assert all(p.grad is None for p in target.parameters())
+
+
+def test_weight_decay_is_not_multiplied_by_the_learning_rate():
+    """(E3), as TensorFlow Addons' AdamW: w ← w − decay · w, and then Keras' step of Adam; two steps, one number at a time."""
+    critic, args = make(PolicyCritic, 3, 2, 1), Args(critic_lr=0.01, weight_decay=0.2, gamma=0.9)
+    weight = critic.layers[0].weight
+    optimizer = fqe.make_optimizer(critic, args)
+    w, first, second = float(weight[0, 0, 0].detach()), 0.0, 0.0
+    for step, gradient in enumerate((0.3, -2.0), 1):
+        optimizer.zero_grad()
+        for parameter in critic.parameters():
+            parameter.grad = torch.full_like(parameter, gradient)
+        optimizer.step()
+        first, second = 0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient**2
+        corrected = first / (1 - 0.9**step), second / (1 - 0.999**step)
+        w = w - 0.2 * w - 0.01 * corrected[0] / (corrected[1] ** 0.5 + 1e-9)
+        assert_close(weight[0, 0, 0], w)
+
+
+def test_decay_alone_shrinks_every_weight():
+    critic, args = make(PolicyCritic, 3, 2, 2), Args(critic_lr=3e-4, weight_decay=1e-5)
+    for layer in critic.layers:
+        torch.nn.init.normal_(layer.bias)
+    before, optimizer = flat(critic), fqe.make_optimizer(critic, args)
+    for parameter in critic.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    assert_close(flat(critic) / before, torch.full_like(before, 1 - 1e-5), 1e-12)
+
+
+def test_networks_start_as_the_source_does(monkeypatch):
+    """Biases 0; kernels uniform with variance 0.333 / fan-in, the last one 0.01 / fan-in."""
+    monkeypatch.setattr(fqe, "HIDDEN", (256, 256))
+    critic = PolicyCritic(11, 3, 40)
+    for layer, scale in zip(critic.layers, (0.333, 0.333, 0.01)):
+        assert not layer.bias.any()
+        fan_in = layer.weight.shape[1]
+        assert_close(layer.weight.var() * fan_in / scale, 1.0, 0.03)
+        assert layer.weight.abs().max() <= (3.01 * scale / fan_in) ** 0.5
 
 
 def test_policies_do_not_disturb_each_other():
@@ -108,17 +148,22 @@ def test_actions_are_in_the_datas_units():
     actors = [make(bc.Actor, 3, 2) for _ in range(2)]
     for actor in actors:
         actor.action_mid, actor.action_half = data.action_mid, data.action_half
-    assert_close(fqe.policy_actions(actors, obs, data), torch.stack([actor(obs) for actor in actors], dim=1))
+    acts = [actor.act for actor in actors]
+    assert_close(fqe.policy_actions(acts, obs, data), torch.stack([actor(obs) for actor in actors], dim=1))
     actors[0].action_half = 9 * data.action_half
-    assert fqe.policy_actions(actors, obs, data)[:, 0].abs().max() == 1
+    assert fqe.policy_actions(acts, obs, data)[:, 0].abs().max() == 1
 
 
 # ---- whole runs, on policies saved as files
 
 
-def save(folder, actor, returns=(0.0,), **other):
+PENDULUM = common.gym.spec("Pendulum-v1").to_json()
+
+
+def save(folder, actor, returns=(0.0,), module="bc", **other):
     folder.mkdir(parents=True)
-    saved = dict(algorithm="bc", env_id="Pendulum-v1", obs_dim=3, action_dim=1, actor=actor and actor.state_dict()) | other
+    saved = {"module": module, "class": "Actor", "algorithm": module, "env_spec": PENDULUM, "init": [3, 1],
+             "actor": actor and actor.state_dict()} | other
     torch.save(saved, folder / "policy.pt")
     if returns:
         (folder / "result.json").write_text(json.dumps(dict(final_returns=list(returns))))
@@ -140,11 +185,10 @@ REWARD = {(0, STAY): 1.0, (0, GO): 0.5, (1, STAY): 3.0, (1, GO): -2.0}
 def chain(rewards, terminated=0.0):
     """Two states, in each a transition that stays and one that goes to the other; each an episode of its own."""
     data = tiny_data(4, action_dim=1)
-    seen = data.columns(data.packed)
     data.action_mid, data.action_half = torch.zeros(1), torch.ones(1)
     for row, ((state, action), reward) in enumerate(rewards.items()):
-        seen.obs[row], seen.next_obs[row] = torch.eye(3)[state], torch.eye(3)[state if action == STAY else 1 - state]
-        seen.action[row], seen.reward[row], seen.terminated[row] = action, reward, terminated
+        data.obs[row], data.next_obs[row] = torch.eye(3)[state], torch.eye(3)[state if action == STAY else 1 - state]
+        data.action[row], data.reward[row], data.terminated[row] = action, reward, terminated
         data.truncated[row] = not terminated
     return data
 
@@ -152,7 +196,7 @@ def chain(rewards, terminated=0.0):
 def judge(monkeypatch, tmp_path, data, returns=(4, 1, 3, 2), **args):
     """The result of a whole run on the four policies of the chain."""
     monkeypatch.setattr(fqe, "HIDDEN", (16,))
-    monkeypatch.setattr(fqe, "load_dataset", lambda *_: data)
+    monkeypatch.setattr(fqe, "load_dataset", lambda *_, **__: data)
     for i, (policy, value) in enumerate(zip(POLICIES, returns)):
         save(tmp_path / "policies" / str(i), linear_policy(*policy), (value - 1.0, value + 1.0))
     args = dict(steps=500, batch_size=16, critic_lr=1e-2, target_rate=0.2, eval_every=250, out=str(tmp_path)) | args
@@ -179,16 +223,16 @@ def test_a_chain_with_known_values(monkeypatch, tmp_path, capsys):
 
 def test_constant_reward(monkeypatch, tmp_path):
     """1 for ever is worth 1 / (1 − γ) = 10, whatever the policy."""
-    result = judge(monkeypatch, tmp_path, chain(dict.fromkeys(REWARD, 1.0)), gamma=0.9, steps=1000, weight_decay=0.0)
+    result = judge(monkeypatch, tmp_path, chain(dict.fromkeys(REWARD, 1.0)), gamma=0.9, steps=3000, weight_decay=0.0,
+                   critic_lr=1e-3)
     np.testing.assert_allclose([one["estimate"] for one in result["policies"]], 10, atol=0.02)
 
 
 def test_where_actions_change_nothing_all_policies_are_worth_the_same(monkeypatch, tmp_path):
     """Reward and next state depend on the state alone: 1 and 3 in turns, from either state half the time."""
     data = chain({key: 1.0 + 2 * key[0] for key in REWARD})
-    seen = data.columns(data.packed)
-    seen.next_obs[:] = torch.eye(3)[[1, 1, 0, 0]]
-    result = judge(monkeypatch, tmp_path, data, gamma=0.8, steps=1500, weight_decay=0.0, critic_lr=5e-3)
+    data.next_obs[:] = torch.eye(3)[[1, 1, 0, 0]]
+    result = judge(monkeypatch, tmp_path, data, gamma=0.8, steps=3000, weight_decay=0.0, critic_lr=1e-3)
     np.testing.assert_allclose([one["estimate"] for one in result["policies"]], 2 / (1 - 0.8), atol=0.01)
 
 
@@ -211,12 +255,41 @@ def test_the_units_of_reward_are_those_of_the_estimate(monkeypatch, tmp_path):
 def test_bounds_hold_from_the_first_target_on(monkeypatch, tmp_path):
     """Rewards of -3 to -1: bounds are -3 and 0, in units of their root mean square; of 1 to 3: 0 and 3."""
     seen = []
-    monkeypatch.setattr(fqe, "update", lambda args, data, rows, bounds, *rest: seen.append(bounds) or torch.zeros(()))
+    monkeypatch.setattr(fqe, "update", lambda args, data, next_actions, bounds, *rest: seen.append(bounds) or torch.zeros(()))
     for sign in (-1, 1):
         rewards = dict(zip(REWARD, (sign * 1.0, sign * 2.0, sign * 3.0, sign * 2.0)))
         judge(monkeypatch, tmp_path / str(sign), chain(rewards), steps=1)
     rms = (18 / 4) ** 0.5
     assert_close(torch.stack(seen), [[-3 / rms, 0.0], [0.0, 3 / rms]])
+
+
+def test_without_an_environment_there_are_estimates_alone(monkeypatch, tmp_path, capsys):
+    """Nothing plays, no record is read; the estimates are those of a run with an environment."""
+    want = judge(monkeypatch, tmp_path / "with", chain(REWARD), steps=20)
+    data = chain(REWARD)
+    data.env_spec = None
+    for name in ("evaluate", "rollout_return"):
+        monkeypatch.setattr(fqe, name, lambda *_: 1 / 0)
+    result = judge(monkeypatch, tmp_path / "without", data, steps=20)
+    assert [one["estimate"] for one in result["policies"]] == [one["estimate"] for one in want["policies"]]
+    assert [one["return_mean"] for one in result["policies"]] == [None] * 4
+    assert result["spearman"] is result["regret"] is result["env_id"] is None
+    said = capsys.readouterr().out
+    assert said.count("rollouts       none") == 4 and said.count("Spearman") == 1, "the latter of the first run"
+
+
+@pytest.mark.parametrize("holdout, held_out", [(0.0, False), (0.1, True)])
+def test_holdout_judges_on_the_episodes_that_were_kept_from_training(monkeypatch, tmp_path, holdout, held_out):
+    asked = {}
+
+    def load(*_, **settings):
+        asked.update(settings)
+        return chain(REWARD)
+
+    path = save(tmp_path / "one", linear_policy(0.5, 0.5))
+    monkeypatch.setattr(fqe, "load_dataset", load)
+    fqe.train(Args(env="chain", policies=(path,), steps=1, batch_size=4, holdout=holdout, out=str(tmp_path)))
+    assert (asked["holdout"], asked["held_out"], asked["eval_env"]) == (holdout, held_out, "auto")
 
 
 def test_same_seed_same_result_and_an_earlier_one_is_kept(monkeypatch, tmp_path):
@@ -229,30 +302,34 @@ def test_same_seed_same_result_and_an_earlier_one_is_kept(monkeypatch, tmp_path)
     assert len(list((tmp_path / "fqe" / "chain").iterdir())) == 2
 
 
-def test_a_policy_without_a_record_plays(monkeypatch, tmp_path):
-    """No result.json beside it: as many episodes as --final-episodes says."""
+@pytest.mark.parametrize("record", [(), []])
+def test_a_policy_without_a_record_plays(monkeypatch, tmp_path, record):
+    """No result.json beside it, or one of a run without rollouts: as many episodes as --final-episodes says."""
     seen = []
     monkeypatch.setattr(fqe, "evaluate", lambda act, *rest: seen.append(rest[:2]) or np.ones(2))
     path = save(tmp_path / "one", linear_policy(0.5), returns=())
+    if record == []:
+        (tmp_path / "one" / "result.json").write_text(json.dumps({"final_returns": []}))
     data = tiny_data(action_dim=1)
-    actor = fqe.load_policy(tmp_path / "one" / "policy.pt", data)
-    assert fqe.rollout_returns(tmp_path / "one" / "policy.pt", actor, data, Args(policies=(path,), final_episodes=3)) == [1, 1]
-    assert seen == [("Pendulum-v1", 3)]
+    act = common.load_policy(path)
+    assert fqe.rollout_return(tmp_path / "one" / "policy.pt", act, data, Args(policies=(path,), final_episodes=3)) == 1
+    assert seen == [(PENDULUM, 3)]
 
 
-def test_names_of_variants_find_their_file(tmp_path):
-    """sac-online is of sac.py, bc-top10 of bc.py; units come with the weights."""
-    for name, actor in (("sac-online", sac.Actor(3, 1)), ("bc-top10", bc.Actor(3, 1))):
+def test_classes_of_other_files_are_found(tmp_path):
+    """By the module that the file names; units come with the weights."""
+    for name, actor in (("sac", sac.Actor(3, 1)), ("bc", bc.Actor(3, 1))):
         actor.action_half = torch.tensor([2.0])
-        save(tmp_path / name, actor, algorithm=name)
-        loaded = fqe.load_policy(tmp_path / name / "policy.pt", tiny_data(action_dim=1))
-        assert type(loaded) is type(actor) and torch.equal(loaded.act(torch.ones(1, 3)), actor.act(torch.ones(1, 3)))
+        path = tmp_path / name / "policy.pt"
+        save(tmp_path / name, actor, module=name, algorithm=f"{name}-variant")
+        (act,) = fqe.load_policies([path], tiny_data(action_dim=1)).values()
+        assert type(act.__self__) is type(actor) and torch.equal(act(torch.ones(1, 3)), actor.act(torch.ones(1, 3)))
 
 
 def test_what_does_not_fit_is_refused_in_one_line(tmp_path, capsys):
     def error(path):
         with pytest.raises(SystemExit) as stop:
-            fqe.load_policy(path, tiny_data(action_dim=1))
+            fqe.load_policies([path], tiny_data(action_dim=1))
         lines = capsys.readouterr().err.strip().splitlines()
         assert stop.value.code == 2 and len(lines) == 1
         return lines[0]
@@ -262,20 +339,24 @@ def test_what_does_not_fit_is_refused_in_one_line(tmp_path, capsys):
     path.write_text("nonsense")
     assert "can't load" in error(path)
     torch.save(bc.Actor(3, 1).state_dict(), path)
-    assert "'algorithm'" in error(path)
-    for i, (other, message) in enumerate([(dict(env_id="Hopper-v5"), "for Hopper-v5, tiny is of Pendulum-v1"),
-                                          (dict(algorithm="ppo"), "No module named 'ppo'"),
-                                          (dict(action_dim=2), "size mismatch")]):
-        assert message in error(tmp_path / str(i) / save(tmp_path / str(i), bc.Actor(3, 1), **other).split("/")[-1])
+    assert "'module'" in error(path)
+    hopper = common.gym.spec("Hopper-v5").to_json()
+    for i, (actor, other, message) in enumerate([
+            (bc.Actor(3, 1), dict(env_spec=hopper), "for Hopper-v5, tiny is of Pendulum-v1"),
+            (bc.Actor(3, 1), dict(module="ppo"), "No module named 'ppo'"),
+            (bc.Actor(3, 1), dict(init=[3, 2]), "size mismatch"),
+            (bc.Actor(3, 2), dict(init=[3, 2]), "for other observations or actions"),
+            (bc.Actor(4, 1), dict(init=[4, 1]), "for other observations or actions")]):
+        assert message in error(tmp_path / str(i) / save(tmp_path / str(i), actor, **other).split("/")[-1])
 
 
 def test_a_policy_with_a_memory_is_left_out(monkeypatch, tmp_path, capsys):
     """Its action is no function of the observation; the others are judged, and without others there is nothing to judge."""
-    monkeypatch.setattr(fqe, "load_dataset", lambda *_: tiny_data(action_dim=1))
-    monkeypatch.setattr(fqe, "rollout_returns", lambda *_: [1.0])
-    remembers = save(tmp_path / "dt", decision_transformer.Actor(3, 1), algorithm="decision_transformer")
+    monkeypatch.setattr(fqe, "load_dataset", lambda *_, **__: tiny_data(action_dim=1))
+    monkeypatch.setattr(fqe, "rollout_return", lambda *_: 1.0)
+    remembers = save(tmp_path / "dt", decision_transformer.Actor(3, 1), module="decision_transformer")
     args = dict(env="tiny", out=str(tmp_path), steps=2, eval_every=2, batch_size=4)
-    fqe.train(Args(policies=(remembers, save(tmp_path / "bc", bc.Actor(3, 1), algorithm="bc")), **args))
+    fqe.train(Args(policies=(remembers, save(tmp_path / "bc", bc.Actor(3, 1))), **args))
     assert f"left out: {remembers} has a memory" in capsys.readouterr().out
     [one] = json.loads((tmp_path / "fqe" / "tiny" / "seed0" / "result.json").read_text())["policies"]
     assert one["policy"].endswith("bc/policy.pt")
@@ -287,6 +368,7 @@ def test_a_policy_with_a_memory_is_left_out(monkeypatch, tmp_path, capsys):
 @pytest.mark.parametrize("args, message", [
     (dict(), "--policies: give"), (dict(policies=("/nowhere",), gamma=1.0), "--gamma"),
     (dict(policies=("/nowhere",), steps=0), "--steps must be at least 1"),
+    (dict(policies=("/nowhere",), critic_lr=0.0), "--critic-lr"),
     (dict(policies=("tests",)), "no policy.pt in tests")])
 def test_bad_settings(args, message, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)

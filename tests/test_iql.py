@@ -274,7 +274,7 @@ def test_update_is_the_algorithm_box():
 def test_no_action_is_valued_but_the_datas():
     """The critics see pairs (s, a) of the data only, and the policy is not asked for any; values don't depend on it."""
     args, data, (actor, critic, critic_target, value) = Args(batch_size=4), tiny_data(), networks()
-    batch = data.columns(data.packed)
+    batch = data.rows(torch.arange(12))
     pairs = set(map(tuple, torch.cat([batch.obs, batch.action], dim=1).tolist()))
     seen = []
     for net in (critic, critic_target):
@@ -327,12 +327,13 @@ def test_train_moves_every_part_each_step(monkeypatch):
 
 
 def test_the_actors_learning_rate_falls_along_a_cosine(monkeypatch):
-    """lr at update t of T, counted from 0: lr₀ (1 + cos πt/T) / 2. Of 4: 1, 0.853553, ½, 0.146447. The others' are constant."""
+    """(E10): lr at update t of T, counted from 0: lr₀ (1 + cos πt/T) / 2. Of 4: 1, 0.853553, ½, 0.146447. The others' are constant."""
     rates, original = [], iql.update
 
-    def spy(module, *args):
-        rates.append([float(args[i].param_groups[0]["lr"]) for i in (-3, -2, -1)])
-        return original(module, *args)
+    def spy(*args, **learned):
+        optimizers = [learned[f"{name}_optimizer"] for name in ("actor", "critic", "value")]
+        rates.append([float(optimizer.param_groups[0]["lr"]) for optimizer in optimizers])
+        return original(*args, **learned)
 
     monkeypatch.setattr(iql, "update", spy)
     silent_train(monkeypatch, iql, tiny_data(), steps=4, batch_size=4, actor_lr=0.2, critic_lr=0.3)
@@ -345,27 +346,49 @@ def test_the_actors_learning_rate_falls_along_a_cosine(monkeypatch):
 def test_returns_span_a_thousand_after_scaling():
     """The best and the worst episode then differ by 1000; other units of reward make the same data."""
     data = tiny_data()
-    before = data.columns(data.packed.clone())
+    everything = torch.arange(12)
+    before = data.rows(everything)
     iql.scale_rewards(data)
-    after = data.columns(data.packed.clone())
+    after = data.rows(everything)
     totals = [float(sum(after.reward[i:j])) for i, j in ((0, 4), (4, 8), (8, 12))]
     assert_close(max(totals) - min(totals), 1000.0)
     assert_close(after.reward / before.reward, (after.reward / before.reward)[:1].expand(12))
     for name in ("obs", "action", "next_obs", "terminated"):
         assert torch.equal(getattr(before, name), getattr(after, name))
     other = tiny_data()
-    other.packed.copy_(data.packed)
-    other.columns(other.packed).reward[:] = before.reward * 77
+    other.reward = before.reward * 77
+    other.terminated = before.terminated
     iql.scale_rewards(other)
-    assert_close(other.packed, data.packed)
+    assert_close(other.reward, after.reward)
 
 
-def test_equal_returns_are_refused(capsys):
+@pytest.mark.parametrize("reward", [0.0, 0.1, -3e4])
+def test_equal_returns_leave_the_rewards_and_say_so(capsys, reward):
+    """One return has no range to divide by; a sum that differs in its last digits has none either."""
     data = tiny_data()
-    data.columns(data.packed).reward.zero_()
-    with pytest.raises(SystemExit) as stop:
-        iql.scale_rewards(data)
-    assert stop.value.code == 2 and "same return" in capsys.readouterr().err
+    data.reward[:] = reward
+    data.reward[0] *= 1 + 1e-12
+    before = data.reward.clone()
+    iql.scale_rewards(data)
+    assert torch.equal(data.reward, before) and "same return" in capsys.readouterr().err
+
+
+def test_a_single_episode_trains(monkeypatch, capsys):
+    """It is the same case: its rewards stay as they are."""
+    data = tiny_data(4)
+    before = data.reward.clone()
+    run = silent_train(monkeypatch, iql, data, steps=2, batch_size=4)
+    assert torch.equal(data.reward, before) and run.steps_that_moved("actor") == [1, 2]
+    assert len(data.returns()) == 1 and "same return" in capsys.readouterr().err
+
+
+def test_a_small_range_is_a_range():
+    """Returns that differ by a thousandth of their size are scaled as any others."""
+    data = tiny_data()
+    data.reward[:] = 100.0
+    data.reward[0] = 100.4
+    iql.scale_rewards(data)
+    assert_close(np.ptp(data.returns()), 1000.0)
 
 
 def test_train_scales_the_rewards_once(monkeypatch):
@@ -386,13 +409,24 @@ def test_the_better_of_two_modes(monkeypatch, seed):
     for beta in (0.0, 3.0):
         torch.manual_seed(seed)
         data = tiny_data(64, action_dim=1)
-        data.packed.zero_()
-        columns = data.columns(data.packed)
-        columns.action[:, 0] = torch.tensor([-0.6, 0.6]).repeat(32)
-        columns.reward[:], columns.terminated[:] = torch.tensor([0.0, 1.0]).repeat(32), 1.0
+        data.obs.zero_()
+        data.next_obs.zero_()
+        data.action[:, 0] = torch.tensor([-0.6, 0.6]).repeat(32)
+        data.reward[:] = torch.tensor([0.0, 1.0]).repeat(32)
+        data.terminated[:] = 1.0
         nets = [Actor(3, 1), critic := Critic(3, 1), copy.deepcopy(critic), Value(3)]
         optimizers = [torch.optim.Adam(net.parameters(), lr=5e-3) for net in (nets[0], nets[1], nets[3])]
         for _ in range(300):
             iql.update(Args(batch_size=32, target_rate=0.1, beta=beta), data, *nets, *optimizers)
         modes[beta] = nets[0].act(torch.zeros(1, 3)).item()
     assert abs(modes[0.0]) < 0.2 and 0.45 < modes[3.0] < 0.7, modes
+
+
+# ---- settings
+
+
+@pytest.mark.parametrize("setting, value", [("expectile", 0.0), ("expectile", 1.0), ("beta", -1.0), ("batch_size", 0), ("gamma", 1.1)])
+def test_settings_out_of_range_are_refused(monkeypatch, capsys, setting, value):
+    with pytest.raises(SystemExit) as stop:
+        silent_train(monkeypatch, iql, tiny_data(), steps=2, **{setting: value})
+    assert stop.value.code == 2 and f"--{setting.replace('_', '-')} must be" in capsys.readouterr().err

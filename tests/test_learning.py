@@ -1,142 +1,152 @@
-"""Whole runs that learn: on small datasets and within seconds each algorithm ends clearly above what the data show.
+"""Whole runs that learn: each algorithm ends clearly above what a small dataset shows.
 
-Rates are larger than the defaults and γ is smaller, so that a test can wait for it; the losses are those of the files.
+Networks are narrower than the files' and rates larger, so that a test can wait for it; the losses are those of the files.
 """
+import importlib
 import json
 
-import bear
-import decision_transformer
+import common
+
+import fqe
 import numpy as np
-import plas
 import pytest
 import sac
 import torch
 from conftest import ROOT
-from helpers import folder, run
+from helpers import build, folder, run_of
 
 MIXED = "pendulum-medium-replay"  # eight policies, most of them bad
-FAST = ["--actor-lr", "1e-3", "--critic-lr", "1e-3", "--target-rate", "0.02"]
-EAGER = ["--gamma", "0.95", "--batch-size", "64", "--critic-lr", "3e-3", "--actor-lr", "1e-3", "--target-rate", "0.05"]
-IMAGINED = ["--rollout-starts", "2000", "--rollout-every", "250", "--gamma", "0.95", "--critic-lr", "3e-3",
-            "--target-rate", "0.05"]
+RANDOM = "pendulum-random"  # every action everywhere
+WIDTH = 64  # of every hidden layer, but for WIDE
+EAGER = {"gamma": 0.95, "batch_size": 64, "critic_lr": 3e-3, "actor_lr": 3e-3, "target_rate": 0.05}
+CALM = EAGER | {"actor_lr": 1e-3}
+FAST = {"critic_lr": 1e-3, "actor_lr": 1e-3, "target_rate": 0.02}
+IMAGINED = CALM | {"rollout_starts": 2000, "rollout_every": 250}
+WIDE = ("algae_dice", "bcq", "brac", "combo", "cql", "edac", "mopo", "morel", "dqn", "rem")  # as wide as in the file
 
 
-def final_return(name: str, out, env: str, *arguments: str) -> tuple[float, float]:
-    """(mean return of 20 episodes of the final policy, the data's mean return)."""
-    run(name, out, *arguments, "--eval-every", "100000", quick=["--env", env, "--final-episodes", "20", "--device", "cpu"])
-    result = json.loads(next(out.glob(f"{name}*/{env}/seed0/result.json")).read_text())  # brac.py's folder is brac-p
-    return np.mean(result["final_returns"]), result["dataset"]["return_mean"]
+@pytest.fixture(scope="module", autouse=True)
+def suite(minari_root):
+    """The datasets of this file, built in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        for body, level in (("pendulum", "medium-replay"), ("pendulum", "medium"), ("pendulum", "random"),
+                            ("cartpole", "replay")):
+            if not (minari_root / "local" / body / f"{level}-v0").exists():
+                build(patch, body, level, None)
 
 
-def final_return_of_a_small_one(module, monkeypatch, sizes: dict, out, **settings) -> tuple[float, float]:
-    """The same on the mixed data, with smaller networks than the file's constants say."""
-    for constant, value in sizes.items():
-        monkeypatch.setattr(module, constant, value)
-    module.train(module.Args(env=MIXED, eval_every=100_000, device="cpu", final_episodes=20, out=str(out), **settings))
-    result = json.loads((folder(module.__name__, out, MIXED) / "result.json").read_text())
-    return np.mean(result["final_returns"]), result["dataset"]["return_mean"]
+def make_small(patch, module) -> None:
+    """Narrow hidden layers for every network of this file, and no policy.pt2, which takes longer than some runs."""
+    for name, widths in list(vars(module).items()):
+        if name.endswith("HIDDEN") and module.__name__ not in WIDE:
+            patch.setattr(module, name, (WIDTH,) * len(widths))
+    patch.setattr(common, "export_policy", lambda *_: None)
 
 
-@pytest.fixture(scope="session")
-def clone(minari_root, tmp_path_factory):
+def final_return(name: str, out, env: str = MIXED, constants=(), seed: int = 0, **settings) -> tuple[float, float]:
+    """A run in this process: (mean return of 20 episodes of the final policy, the data's mean return)."""
+    module = importlib.import_module(name)
+    with pytest.MonkeyPatch.context() as patch:
+        make_small(patch, module)
+        for constant, value in dict(constants).items():
+            patch.setattr(module, constant, value)
+        module.train(module.Args(env=env, seed=seed, device="cpu", eval_every=10**6, eval_episodes=1, final_episodes=20,
+                                 out=str(out), **settings))
+    result = json.loads((run_of(name, out, env, seed) / "result.json").read_text())
+    return float(np.mean(result["final_returns"])), result["dataset"]["return_mean"]
+
+
+@pytest.fixture(scope="module")
+def clone(suite, tmp_path_factory):
     """A clone is as good as the mean of the policies behind the data."""
-    clone, data = final_return("bc", tmp_path_factory.mktemp("clone"), MIXED, "--steps", "1500")
+    clone, data = final_return("bc", tmp_path_factory.mktemp("clone"), steps=1000, batch_size=64, actor_lr=3e-3)
     assert abs(clone - data) < 300, (clone, data)
     return clone
 
 
 @pytest.mark.parametrize("name, margin, settings", [
-    ("td3_bc", 200, ["--steps", "4000", *FAST]),
-    ("rebrac", 200, ["--steps", "2000", "--batch-size", "64", "--target-rate", "0.02"]),
-    ("awr", 200, ["--steps", "6000", "--actor-lr", "1e-2", "--td-lambda", "0.9", "--gamma", "0.95"]),
-    ("bcq", 150, ["--steps", "3000", "--batch-size", "32", "--num-samples", "3", "--max-perturbation", "0.2", "--gamma", "0.95",
-                  "--target-rate", "0.02", "--critic-lr", "2e-3"]),
-    ("awac", 150, ["--steps", "8000", *EAGER]),
-    ("brac", 150, ["--steps", "4000", *EAGER, "--behavior-steps", "2000", "--behavior-lr", "1e-3",
-                   "--warm-start-steps", "200"]),
-    ("crr", 150, ["--steps", "6000", "--target-every", "20", *EAGER[:-2]]),
-    ("edac", 150, ["--steps", "4000", "--num-critics", "5", "--batch-size", "64", "--critic-lr", "1e-3",
-                   "--target-rate", "0.02"]),
+    ("bc", 200, {"steps": 1000, "batch_size": 64, "actor_lr": 3e-3, "top_fraction": 0.1}),
+    ("td3_bc", 200, EAGER | {"steps": 2000, "policy_delay": 1}),
+    ("rebrac", 200, CALM | {"steps": 2000}),
+    ("awr", 200, {"steps": 3000, "value_steps": 100, "actor_steps": 500, "actor_lr": 1e-2, "td_lambda": 0.9, "gamma": 0.95,
+                  "constants": {"HIDDEN": (128, 64)}}),
+    ("bcq", 150, {"steps": 3000, "batch_size": 32, "num_samples": 3, "max_perturbation": 0.2, "gamma": 0.95,
+                  "target_rate": 0.02, "critic_lr": 2e-3}),
+    ("awac", 150, CALM | {"steps": 2000, "beta": 10.0}),
+    ("brac", 150, CALM | {"steps": 4000, "behavior_steps": 2000, "behavior_lr": 1e-3, "warm_start_steps": 200}),
+    ("crr", 150, {"steps": 4000, "target_every": 20, "gamma": 0.95, "batch_size": 64, "critic_lr": 3e-3, "actor_lr": 1e-3}),
+    ("edac", 150, {"steps": 4000, "num_critics": 5, "batch_size": 64, "critic_lr": 1e-3, "target_rate": 0.02}),
+    ("msg", 150, EAGER | {"steps": 1500, "entropy_lr": 3e-3, "num_critics": 4, "beta": -2.0}),
+    ("plas", 150, CALM | {"steps": 8000, "vae_lr": 1e-3, "vae_steps": 2000, "constants": {"HIDDEN": (400, 300)}}),
+    ("bear", 150, CALM | {"steps": 8000, "vae_lr": 1e-3, "warm_up_steps": 300, "num_samples": 3, "bandwidth": 1.0,
+                          "max_mmd": 0.4, "multiplier_lr": 1e-2, "constants": {"HIDDEN": (256, 256)}}),
 ])
-def test_it_beats_mixed_data_and_its_clone(name, margin, settings, clone, minari_root, tmp_path):
+def test_it_beats_mixed_data_and_its_clone(name, margin, settings, clone, tmp_path):
     """Each swings the pendulum up, which most of the data does not show."""
-    result, data = final_return(name, tmp_path, MIXED, *settings)
+    result, data = final_return(name, tmp_path, **settings)
     assert result > data + margin and result > clone + margin, (result, clone, data)
 
 
-@pytest.mark.parametrize("module, settings", [
-    (plas, dict(vae_steps=2000)),
-    (bear, dict(warm_up_steps=300, num_samples=3, bandwidth=1.0, max_mmd=0.4, multiplier_lr=1e-2)),
-])
-def test_with_a_small_vae_it_beats_mixed_data_and_its_clone(module, settings, clone, minari_root, tmp_path, monkeypatch):
-    """Two that need many updates before they swing up, and a smaller VAE for a test to wait for that."""
-    eager = dict(gamma=0.95, batch_size=64, vae_lr=1e-3, critic_lr=3e-3, actor_lr=1e-3, target_rate=0.05)
-    result, data = final_return_of_a_small_one(module, monkeypatch, dict(VAE_HIDDEN=(64, 64)), tmp_path, steps=8000, **eager,
-                                               **settings)
-    assert result > data + 150 and result > clone + 150, (result, clone, data)
-
-
 @pytest.mark.parametrize("name, margin, settings", [
-    ("mopo", 200, [*IMAGINED, "--batch-size", "64", "--steps", "3000", "--dynamics-epochs", "15", "--actor-lr", "3e-3"]),
-    ("combo", 400, [*IMAGINED, "--batch-size", "64", "--steps", "2000", "--dynamics-epochs", "15", "--actor-lr", "3e-3",
-                    "--num-samples", "1"]),
-    ("morel", 200, [*IMAGINED, "--batch-size", "128", "--steps", "3000", "--dynamics-epochs", "3", "--actor-lr", "1e-3"]),
+    ("mopo", 200, IMAGINED | {"steps": 3000, "dynamics_epochs": 15, "actor_lr": 3e-3}),
+    ("combo", 400, IMAGINED | {"steps": 2000, "dynamics_epochs": 15, "actor_lr": 3e-3, "num_samples": 1}),
+    ("morel", 200, IMAGINED | {"steps": 3000, "dynamics_epochs": 3, "batch_size": 128}),
 ])
-def test_it_learns_in_a_model(name, margin, settings, minari_root, tmp_path):
+def test_it_learns_in_a_model(name, margin, settings, tmp_path):
     """The same, mostly from steps that it has imagined. (The clone is as good as the data.)"""
-    result, data = final_return(name, tmp_path, MIXED, *settings)
+    result, data = final_return(name, tmp_path, **settings)
     assert result > data + margin, (result, data)
 
 
 @pytest.mark.parametrize("name, settings", [
-    ("algae_dice", ["--steps", "2000", "--batch-size", "64", "--gamma", "0.95", "--target-rate", "0.05",
-                    "--policy-delay", "1"]),
-    ("iql", ["--steps", "4500", *EAGER, "--expectile", "0.9"]),
+    ("sac", CALM | {"steps": 1500}),
+    ("iql", EAGER | {"steps": 2000, "expectile": 0.9}),
+    ("algae_dice", {"steps": 2000, "batch_size": 64, "gamma": 0.95, "target_rate": 0.05, "policy_delay": 1}),
 ])
-def test_it_learns_from_random_actions(name, settings, minari_root, tmp_path):
-    """pendulum-random holds every action everywhere: AlgaeDICE, without a constraint, needs that. IQL's policy can end in
-    spinning at full speed when it has learnt from the mixed data (its docstring); from these it swings the pendulum up."""
-    result, data = final_return(name, tmp_path, "pendulum-random", *settings)
+def test_it_learns_from_random_actions(name, settings, tmp_path):
+    """These hold every action everywhere: SAC and AlgaeDICE, without a constraint, need that. IQL's policy can end in
+    spinning at full speed when it has learnt from the mixed data; from these it swings the pendulum up."""
+    result, data = final_return(name, tmp_path, RANDOM, **settings)
     assert result > data + 300, (result, data)
 
 
-def test_cql_beats_the_data(minari_root, tmp_path):
+def test_cql_beats_the_data(tmp_path):
     """pendulum-medium, with smaller batches than the default's, for speed."""
-    small = ["--num-samples", "3", "--batch-size", "64"]
-    cql, data = final_return("cql", tmp_path, "pendulum-medium", "--steps", "2000", *small, *FAST)
-    assert cql > data + 50, (cql, data)
-
-
-@pytest.mark.parametrize("name", ["dqn", "rem"])
-def test_it_learns_from_a_replayed_run(name, minari_root, tmp_path):
-    """cartpole-replay holds everything from falling at once to balancing; the policy learnt from it balances far longer."""
-    fast = ["--learning-rate", "2.5e-4", "--batch-size", "128", "--target-every", "500"]
-    result, data = final_return(name, tmp_path, "cartpole-replay", "--steps", "15000", *fast)
+    result, data = final_return("cql", tmp_path, "pendulum-medium", steps=2000, num_samples=3, batch_size=64, **FAST)
     assert result > data + 50, (result, data)
 
 
-def test_a_decision_transformer_gets_more_than_it_has_seen_on_average(minari_root, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name, settings", [
+    ("cql_discrete", {"steps": 4000, "learning_rate": 1e-3, "batch_size": 64, "target_every": 200}),
+    ("dqn", {"steps": 15000, "learning_rate": 2.5e-4, "batch_size": 128, "target_every": 500}),
+    ("rem", {"steps": 15000, "learning_rate": 2.5e-4, "batch_size": 128, "target_every": 500}),
+])
+def test_it_learns_from_a_replayed_run(name, settings, tmp_path):
+    """cartpole-replay holds everything from falling at once to balancing; the policy learnt from it balances far longer."""
+    result, data = final_return(name, tmp_path, "cartpole-replay", **settings)
+    assert result > data + 50, (result, data)
+
+
+def test_a_decision_transformer_gets_more_than_it_has_seen_on_average(tmp_path):
     """A small one, asked for the best return in the data."""
-    small = dict(CONTEXT=5, WIDTH=64, LAYERS=2)
-    result, data = final_return_of_a_small_one(decision_transformer, monkeypatch, small, tmp_path, steps=2500, batch_size=32,
-                                               actor_lr=1e-3, warmup_steps=100, dropout=0.0)
+    result, data = final_return("decision_transformer", tmp_path, steps=2500, batch_size=32, actor_lr=1e-3, warmup_steps=100,
+                                dropout=0.0, constants={"CONTEXT": 5, "WIDTH": 64, "LAYERS": 2})
     assert result > data + 150, (result, data)
 
 
-def test_fqe_ranks_policies_it_has_not_run(minari_root, tmp_path):
+def test_fqe_ranks_policies_it_has_not_run(tmp_path, monkeypatch):
     """Six snapshots of the online run behind the pendulum's data, from bad to expert, judged on mixed data."""
+    data = common.load_dataset(MIXED, "cpu")
+    make_small(monkeypatch, fqe)
     with np.load(ROOT / "results" / "behavior" / "pendulum.npz") as saved:
         for i in range(3, 9):
             actor = sac.Actor(3, 1)
             for number, layer in enumerate(actor.net[::2]):
                 layer.weight.data = torch.tensor(np.float32(saved[f"weight{number}"][i]))
                 layer.bias.data = torch.tensor(np.float32(saved[f"bias{number}"][i]))
-            actor.action_half.fill_(2.0)
-            (tmp_path / str(i)).mkdir()
-            torch.save(dict(algorithm="sac-online", env_id="Pendulum-v1", obs_dim=3, action_dim=1, actor=actor.state_dict()),
-                       tmp_path / str(i) / "policy.pt")
-    run("fqe", tmp_path, "--steps", "1000", "--eval-every", "250", "--critic-lr", "1e-3", "--target-rate", "0.1", "--gamma",
-        "0.95", "--batch-size", "128", "--final-episodes", "20", "--policies", str(tmp_path),
-        quick=["--env", MIXED, "--device", "cpu"])
+            actor.action_half = data.action_half
+            common.save_policy(tmp_path / str(i), "sac", "sac", actor, data)
+    fqe.train(fqe.Args(env=MIXED, device="cpu", steps=1000, eval_every=250, critic_lr=1e-3, target_rate=0.1, gamma=0.95,
+                       batch_size=128, final_episodes=20, policies=(str(tmp_path),), out=str(tmp_path)))
     result = json.loads((folder("fqe", tmp_path, MIXED) / "result.json").read_text())
     assert len(result["policies"]) == 6 and result["spearman"] > 0.8, result["policies"]

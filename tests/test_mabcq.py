@@ -4,14 +4,19 @@ import math
 import signal
 from dataclasses import replace
 
+import common
+
 import bcq
+import gymnasium as gym
 import mabcq
 import numpy as np
 import pytest
 import torch
+from gymnasium import spaces
 from helpers import (
     assert_close,
     assert_gradient,
+    ends_every_four,
     flat,
     flat_grad,
     make,
@@ -23,8 +28,6 @@ from helpers import (
     tiny_data,
 )
 from mabcq import VAE, Actor, Args, Critic, Perturbation, outcome_model
-
-import common
 
 
 @pytest.fixture(autouse=True)
@@ -236,7 +239,8 @@ def team(agents=2, action_dim=2):
 def sgd(modules, lr=0.01):
     actor, _, _, outcomes = modules
     teams = dict(vae=actor.vaes, critic=actor.critics, perturbation=actor.perturbations, outcome=outcomes)
-    return {name: [torch.optim.SGD(net.parameters(), lr=lr) for net in nets] for name, nets in teams.items()}
+    return {f"{name}_optimizer{i}": torch.optim.SGD(net.parameters(), lr=lr)
+            for name, nets in teams.items() for i, net in enumerate(nets)}
 
 
 @pytest.mark.parametrize("agents", [2, 4])
@@ -285,7 +289,7 @@ def test_no_agent_sees_anothers_action(monkeypatch, reweight):
     for change in (0.0, 0.5):
         torch.manual_seed(0)
         data = tiny_data(action_dim=2)
-        data.columns(data.packed).action[:, 1] += change
+        data.action[:, 1] += change
         torch.manual_seed(1)
         actor = silent_train(monkeypatch, mabcq, data, steps=5, batch_size=5, agents=2, reweight=reweight, num_samples=2).actor
         parts.append([torch.cat([flat(net) for net in nets]) for nets in agents_of(actor)])
@@ -309,22 +313,21 @@ def test_agents_are_different_and_act_on_their_own_part():
     assert torch.equal(after[:, 2:], before[:, 2:]) and not torch.equal(after[:, :2], before[:, :2])
 
 
-def test_any_saved_team_loads():
-    """policy.pt rebuilds from Actor(obs_dim, action_dim), whatever --agents was; the right number keeps its networks."""
-    obs = torch.randn(6, 3)
+def test_any_saved_team_loads(monkeypatch, tmp_path):
+    """policy.pt says in `init` how many agents there are, and load_policy rebuilds as many."""
+    monkeypatch.setattr(common, "export_policy", lambda *_: None)  # slow, and not what is tested
+    obs, data = torch.randn(6, 3), tiny_data(action_dim=6)
     for agents in (1, 2, 3, 6):
-        actor, copied = team(agents, 6)[0], Actor(3, 6)
-        copied.load_state_dict(actor.state_dict())
-        assert len(copied.vaes) == agents and torch.equal(actor.act(obs), copied.act(obs))
-    kept = actor.vaes[0]
-    actor.load_state_dict(copied.state_dict())
-    assert actor.vaes[0] is kept
+        actor = team(agents, 6)[0]
+        common.save_policy(tmp_path, "mabcq", "mabcq", actor, data)
+        act = common.load_policy(tmp_path)
+        assert len(act.__self__.vaes) == agents and torch.equal(actor.act(obs), act(obs))
 
 
 def test_train_sets_up_each_agent(monkeypatch):
     """Targets start as copies, all move at each step; units and spread are the data's; without weights there are no models."""
     data, scales = tiny_data(action_dim=2), []
-    seen, outcome_loss = data.columns(data.packed.clone()), mabcq.outcome_loss
+    outcome_loss = mabcq.outcome_loss
     monkeypatch.setattr(mabcq, "outcome_loss", lambda *args: scales.append(args[-1]) or outcome_loss(*args))
     for reweight in (True, False):
         run = silent_train(monkeypatch, mabcq, data, steps=3, batch_size=4, agents=2, reweight=reweight)
@@ -338,7 +341,7 @@ def test_train_sets_up_each_agent(monkeypatch):
         assert torch.equal(perturbations, start["perturbation_targets"]) and torch.equal(critics, start["critic_targets"])
         assert all(net.bound == 0.05 for net in (*actor.perturbations, *run.state["perturbation_targets"]))
         assert_close(actor.action_mid, data.action_mid), assert_close(actor.action_half, data.action_half)
-    assert_close(scales[0], (seen.next_obs - seen.obs).std(0, correction=0))
+    assert_close(scales[0], (data.next_obs - data.obs).std(0, correction=0))
 
 
 @pytest.mark.parametrize("still, setting", [("vaes", "vae_lr"), ("critics", "critic_lr"), ("perturbations", "actor_lr"),
@@ -364,13 +367,16 @@ def test_bad_settings(monkeypatch, capsys, args, message):
 
 
 def test_an_interrupted_team_resumes_bit_for_bit(monkeypatch, tmp_path):
-    """A real Run: models, targets and optimizers of both agents are in the checkpoint. Pendulum ignores a second action."""
+    """A real Run with evaluations in Hopper, a joint per agent: models, targets and optimizers are in the checkpoint."""
     torch.set_default_dtype(torch.float32)
     torch.manual_seed(0)
-    data = tiny_data(action_dim=2)
-    monkeypatch.setattr(mabcq, "load_dataset", lambda *_: copy.deepcopy(data))
+    batch = tiny_batch([float(i == 3) for i in range(12)], obs_dim=11, action_dim=3)
+    data = common.Dataset("tiny", batch._asdict() | {"truncated": ends_every_four(12)}, spaces.Box(-1, 1, (3,)),
+                          gym.spec("Hopper-v5").to_json(), (0.0, 1.0))
+    monkeypatch.setattr(mabcq, "load_dataset", lambda *_, **__: copy.deepcopy(data))
     monkeypatch.setattr(mabcq, "ACT_SAMPLES", 2)
-    args = Args(env="tiny", steps=6, eval_every=2, eval_episodes=1, final_episodes=1, batch_size=4, agents=2,
+    monkeypatch.setattr(common, "export_policy", lambda *_: None)  # slow, and not what is tested
+    args = Args(env="tiny", steps=6, eval_every=2, eval_episodes=1, final_episodes=1, batch_size=4, agents=3,
                 out=str(tmp_path / "a"))
     mabcq.train(args)
     step = common.Run.step
@@ -378,6 +384,7 @@ def test_an_interrupted_team_resumes_bit_for_bit(monkeypatch, tmp_path):
     def interrupted(run, number, *rest):
         step(run, number, *rest)
         if number == 3:
+            run.close()  # as the end of a process would
             raise InterruptedError
 
     monkeypatch.setattr(common.Run, "step", interrupted)
@@ -388,9 +395,9 @@ def test_an_interrupted_team_resumes_bit_for_bit(monkeypatch, tmp_path):
     signal.signal(signal.SIGINT, signal.default_int_handler)
     one, two = (torch.load(next((tmp_path / letter).glob("*/tiny/seed0/checkpoint.pt")), weights_only=True) for letter in "ab")
     for name in ("actor", "outcomes", "critic_targets", "perturbation_targets"):
-        assert all(torch.equal(one[name][key], two[name][key]) for key in one[name])
-    assert one["step"] == two["step"] == 6 and "outcome_optimizer1" in one
-    assert one["outcome_optimizer1"]["state"][0]["exp_avg"].abs().max() > 0
+        assert all(torch.equal(one["learned"][name][key], two["learned"][name][key]) for key in one["learned"][name])
+    assert one["step"] == two["step"] == 6 and "outcome_optimizer1" in one["learned"]
+    assert one["learned"]["outcome_optimizer1"]["state"][0]["exp_avg"].abs().max() > 0
 
 
 # ---- what it is for
@@ -406,7 +413,8 @@ def play_differential_game(monkeypatch, seed, reweight):
     torch.manual_seed(seed)
     plays = 200
     data = tiny_data(2 * plays, action_dim=2)
-    first, second = (type(data.columns(data.packed))(*(part[half::2] for part in data.columns(data.packed))) for half in (0, 1))
+    columns = data.obs, data.action, data.reward, data.next_obs, data.terminated
+    first, second = (common.Batch(*(column[half::2] for column in columns)) for half in (0, 1))  # views
     action = 0.8 * torch.where(torch.rand(plays, 2) < 0.6, -1, 1) + 0.05 * torch.randn(plays, 2)
     first.obs[:], first.action[:], first.reward[:], first.terminated[:] = 0, action, 0, 0
     first.next_obs[:] = second.obs[:] = torch.stack([*action.T, torch.ones(plays)], dim=1)

@@ -1,7 +1,9 @@
-"""MOPO against slow loops, its fine, what it costs, and where the fine keeps a policy on the data."""
+"""MOPO against slow loops, its penalty, what it costs, and where the penalty keeps a policy on the data."""
 import copy
 import math
 import sys
+
+from common import LEVELS, SUITE, parse_args
 
 import mopo
 import pytest
@@ -22,9 +24,7 @@ from helpers import (
     tiny_data,
 )
 from mopo import Actor, Args, Critic
-from test_dynamics import slow_dynamics, some_dynamics
-
-from common import LEVELS, SUITE
+from test_dynamics import as_rows, filled_pool, slow_dynamics, some_dynamics
 
 
 @pytest.fixture(autouse=True)
@@ -38,14 +38,15 @@ def small(exact, monkeypatch):
 
 
 def test_imagine_equals_a_loop(monkeypatch):
-    """Row by row: the policy's action, one elite's sample, the body's rule, the fine; fallen rows are not imagined further."""
+    """Row by row: the policy's action, one elite's sample, the body's rule, the penalty; fallen rows are not imagined further."""
     monkeypatch.setitem(mopo.FALLS, "Pendulum-v1", lambda s: s[:, 0] > 0.5)
     data, actor, dynamics = tiny_data(), make(Actor, 3, 2), some_dynamics()
     dynamics.elites.copy_(torch.tensor([6, 2, 0, 3, 5]))
-    starts, picks, normal = (record_draws(monkeypatch, name) for name in ("rand", "randint", "randn_like"))
+    whole, normal = (record_draws(monkeypatch, name) for name in ("randint", "randn_like"))
     rows = mopo.imagine(Args(rollout_starts=6, horizon=3, penalty_weight=1.7), data, dynamics, actor)
 
-    alive, expected = [data.packed[int(u * 12), :3].tolist() for u in starts[0]], []
+    starts, *picks = whole
+    alive, expected = data.obs[starts].tolist(), []
     for step in range(3):
         still = []
         for b, obs in enumerate(alive):
@@ -53,19 +54,19 @@ def test_imagine_equals_a_loop(monkeypatch):
             said = [slow_dynamics(dynamics, m, obs + action) for m in range(7)]
             mean, log_var = said[(6, 2, 0, 3, 5)[int(picks[step][b])]]
             y = [mean[i] + math.exp(log_var[i] / 2) * float(normal[2 * step + 1][b, i]) for i in range(4)]
-            fine = max(math.sqrt(sum(math.exp(v) for v in log_var)) for _, log_var in said)
+            penalty = max(math.sqrt(sum(math.exp(v) for v in log_var)) for _, log_var in said)
             next_obs = [obs[i] + y[i] for i in range(3)]
-            expected.append(obs + action + next_obs + [y[3] - 1.7 * fine, float(next_obs[0] > 0.5)])
+            expected.append(obs + action + next_obs + [y[3] - 1.7 * penalty, float(next_obs[0] > 0.5)])
             if next_obs[0] <= 0.5:
                 still.append(next_obs)
         alive = still
     assert 6 < len(expected) < 18, "some must fall, not all at once"
-    assert_close(rows, expected)
-    assert not rows.requires_grad
+    assert_close(as_rows(rows), expected)
+    assert not any(column.requires_grad for column in rows)
 
 
-class Spoken:
-    """A model that says these means (M, S + 1) and log variances (M, S + 1) of every x."""
+class Constant:
+    """A model with these means (M, S + 1) and standard deviations (M, S + 1) for every x."""
     elites = torch.arange(5)
 
     def __init__(self, mean, std):
@@ -78,37 +79,37 @@ class Spoken:
 def imagined(std, penalty_weight, mean=0.0, starts=4, horizon=1, seed=0):
     """Rows of a model with these deviations (7, 4)."""
     torch.manual_seed(seed)
-    data, model = tiny_data(action_dim=1), Spoken(torch.full((7, 4), mean), std)
+    data, model = tiny_data(action_dim=1), Constant(torch.full((7, 4), mean), std)
     args = Args(rollout_starts=starts, horizon=horizon, penalty_weight=penalty_weight)
-    return data.columns(mopo.imagine(args, data, model, lambda obs: (obs[:, :1], obs[:, :1])))
+    return mopo.imagine(args, data, model, lambda obs: (obs[:, :1], obs[:, :1]))
 
 
-def fine(std):
+def penalty(std):
     return (imagined(std, 0.0).reward - imagined(std, 1.0).reward).mean()
 
 
-def test_known_fine():
+def test_known_penalty():
     """Deviations (3, 4) and (0, 1) of two networks, λ = 2: u is 5, and r = 1 becomes −9. The others hardly count."""
     std = torch.full((7, 4), 1e-12)
     std[6] = torch.tensor([3.0, 4.0, 1e-12, 1e-12])  # no elite
     std[2] = torch.tensor([1e-12, 1.0, 1e-12, 1e-12])
     assert_close(imagined(std, 2.0, mean=1.0).reward, [-9.0] * 4)
-    assert_close(fine(std), 5.0)
+    assert_close(penalty(std), 5.0)
     std[0, 3] = 6.0  # the reward's own deviation counts
-    assert_close(fine(std), 6.0)
+    assert_close(penalty(std), 6.0)
 
 
-def test_fine_scales_with_the_deviations_and_ignores_the_order_of_networks():
+def test_penalty_scales_with_the_deviations_and_ignores_the_order_of_networks():
     std = torch.rand(7, 4) + 0.1
-    assert_close(fine(3 * std), 3 * fine(std))
-    assert_close(fine(std[torch.randperm(7)]), fine(std))
+    assert_close(penalty(3 * std), 3 * penalty(std))
+    assert_close(penalty(std[torch.randperm(7)]), penalty(std))
 
 
-def test_without_weight_nothing_is_fined():
+def test_without_weight_there_is_no_penalty():
     """λ = 0: the sampled reward itself, and for any λ the same states."""
     std = torch.rand(7, 4)
-    free, fined = imagined(std, 0.0), imagined(std, 5.0)
-    assert torch.equal(free.next_obs, fined.next_obs) and (free.reward > fined.reward).all()
+    free, penalised = imagined(std, 0.0), imagined(std, 5.0)
+    assert torch.equal(free.next_obs, penalised.next_obs) and (free.reward > penalised.reward).all()
     assert free.reward.std() > 0, "a sample, not a mean"
 
 
@@ -199,7 +200,7 @@ def sgd(actor, critic, log_alpha, lr=0.01):
 def test_update_is_the_algorithm_box():
     """Real rows first, then imagined ones; Q, then π on the new Q, then α, each with the old α; then (E12), exactly."""
     args = Args(batch_size=5, real_share=0.5, gamma=0.9, target_rate=0.3)
-    data, pool, nets = tiny_data(), tiny_data(9), networks()
+    data, pool, nets = tiny_data(), filled_pool(mopo, tiny_data(9)), networks()
     actor, critic, critic_target, log_alpha = copy.deepcopy(nets)
     optimizers = sgd(nets[0], nets[1], nets[3])
     for seed in range(2):  # twice, so that no gradient is left over
@@ -229,14 +230,14 @@ def test_update_is_the_algorithm_box():
 
 
 def test_a_batch_has_twelve_real_rows_of_256(monkeypatch):
-    """int(0.05 · 256), and the real ones are what they were: no fine."""
-    data, pool, nets, seen = tiny_data(), tiny_data(), networks(), []
-    pool.columns(pool.packed).reward.fill_(-99.0)
+    """int(0.05 · 256), and the real ones are what they were: no penalty."""
+    data, pool, nets, seen = tiny_data(), filled_pool(mopo, tiny_data()), networks(), []
+    pool.reward.fill_(-99.0)
     loss = mopo.critic_loss
     monkeypatch.setattr(mopo, "critic_loss", lambda critic, batch, y: seen.append(batch) or loss(critic, batch, y))
     mopo.update(Args(), data, pool, *nets, *sgd(nets[0], nets[1], nets[3]))
     assert (seen[0].reward == -99).tolist() == [False] * 12 + [True] * 244
-    known = {tuple(row) for row in torch.cat([data.packed[:, :5], data.packed[:, 8:9]], 1).tolist()}
+    known = {tuple(row) for row in torch.cat([data.obs, data.action, data.reward[:, None]], 1).tolist()}
     assert {(*o, *a, r) for o, a, r in zip(*(part[:12].tolist() for part in seen[0][:3]))} <= known
 
 
@@ -247,9 +248,10 @@ def test_with_real_rows_alone_it_is_sac():
     torch.manual_seed(3)
     data = tiny_data()
     torch.manual_seed(3)
-    mopo.update(Args(batch_size=6, real_share=1.0), data, tiny_data(), *nets, *sgd(nets[0], nets[1], nets[3]))
+    pool = filled_pool(mopo, tiny_data())
     torch.manual_seed(3)
-    tiny_data()
+    mopo.update(Args(batch_size=6, real_share=1.0), data, pool, *nets, *sgd(nets[0], nets[1], nets[3]))
+    torch.manual_seed(3)
     sac.update(sac.Args(batch_size=6), data, *other, *sgd(other[0], other[1], other[3]))
     assert all(torch.equal(flat(a), flat(b)) for a, b in zip(nets[:3], other[:3])) and torch.equal(nets[3], other[3])
 
@@ -276,8 +278,8 @@ def test_rollouts_cost_less_than_15_percent():
     torch.set_default_dtype(torch.float32)
     mopo.HIDDEN, mopo.DYNAMICS_HIDDEN = (256, 256), (200,) * 4  # the fixture's patches end with the test
     args, data, nets = Args(rollout_starts=100), tiny_data(), networks()
-    flops = []
-    for work in (lambda: mopo.update(args, data, data, *nets, *sgd(nets[0], nets[1], nets[3])),
+    flops, pool = [], filled_pool(mopo, data)
+    for work in (lambda: mopo.update(args, data, pool, *nets, *sgd(nets[0], nets[1], nets[3])),
                  lambda: mopo.imagine(args, data, mopo.Dynamics(3, 2), nets[0])):
         with FlopCounterMode(display=False) as counter:
             work()
@@ -297,12 +299,12 @@ def test_tuned_values_are_those_of_the_paper(monkeypatch, capsys):
     assert mopo.TUNED["walker2d-medium-expert"] == dict(horizon=1, penalty_weight=2.0)
     assert mopo.TUNED["halfcheetah-random"] == dict(horizon=5, penalty_weight=0.5)
     monkeypatch.setattr(sys, "argv", ["mopo.py", "--env", "walker2d-medium-expert", "--horizon", "3"])
-    args = mopo.parse_args()
+    args = parse_args(Args, mopo.TUNED)
     assert (args.horizon, args.penalty_weight) == (3, 2.0)
     assert capsys.readouterr().out == "tuned for walker2d-medium-expert: --penalty-weight 2.0\n"
 
 
-# ---- what the fine is for (C10)
+# ---- what the penalty is for (C10)
 
 
 def walk(penalty_weight, monkeypatch):
@@ -319,17 +321,18 @@ def walk(penalty_weight, monkeypatch):
             return y.expand(7, -1, -1), 2 * std.log().expand(7, len(x), 4)
 
     torch.manual_seed(0)
-    args, data, pool = Args(batch_size=64, penalty_weight=penalty_weight, rollout_starts=200, gamma=0.9, target_rate=0.1), \
-        tiny_data(200, action_dim=1), tiny_data(1000, action_dim=1)
-    data.packed.zero_()
-    data.columns(data.packed).obs[:, 0] = torch.linspace(-1, 1, 200)
+    args = Args(batch_size=64, penalty_weight=penalty_weight, rollout_starts=200, gamma=0.9, target_rate=0.1)
+    data = tiny_data(200, action_dim=1)
+    for column in (data.obs, data.action, data.reward, data.next_obs, data.terminated):
+        column.zero_()
+    data.obs[:, 0] = torch.linspace(-1, 1, 200)
+    pool = filled_pool(mopo, tiny_data(1000, action_dim=1))
     nets = [Actor(3, 1), Critic(3, 1), None, torch.tensor(-3.0, requires_grad=True)]
     nets[2] = copy.deepcopy(nets[1])
     optimizers = [torch.optim.Adam(net.parameters(), lr=5e-3) for net in nets[:2]] + [torch.optim.SGD([nets[3]], lr=0.0)]
     for step in range(300):
         if step % 30 == 0:
-            rows = mopo.imagine(args, data, Line(), nets[0])
-            pool.packed = torch.cat([pool.packed, rows])[-1000:]
+            pool.add(mopo.imagine(args, data, Line(), nets[0]))
         mopo.update(args, data, pool, *nets, *optimizers)
     obs = torch.zeros(1, 3)
     for _ in range(12):
@@ -337,7 +340,7 @@ def walk(penalty_weight, monkeypatch):
     return obs[0, 0].item()
 
 
-def test_the_fine_keeps_the_policy_on_the_data(monkeypatch):
-    """λ = 0 walks off to where nobody was, since the model promises more there; λ = 5 stays within about 1; λ is a dial."""
+def test_the_penalty_keeps_the_policy_on_the_data(monkeypatch):
+    """λ = 0 walks off to where nobody was, since the model predicts more reward there; λ = 5 stays within about 1."""
     reached = [walk(weight, monkeypatch) for weight in (0.0, 5.0)]
     assert reached[0] > 3 and 0.3 < reached[1] < 1.7, reached

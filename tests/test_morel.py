@@ -23,7 +23,7 @@ from helpers import (
     tiny_data,
 )
 from morel import Actor, Args, Critic, Dynamics
-from test_dynamics import no_run, plain_data
+from test_dynamics import as_rows, filled_pool, no_run, plain_data, trained
 
 
 @pytest.fixture(autouse=True)
@@ -36,19 +36,20 @@ def small(exact, monkeypatch):
 def some_dynamics():
     """With units that all matter."""
     dynamics = make(Dynamics, 3, 2)
-    dynamics.x_units.copy_(torch.stack([torch.randn(5), torch.rand(5) + 0.5]))
-    dynamics.y_units.copy_(torch.stack([torch.randn(4), torch.rand(4) + 0.5]))
-    dynamics.disc_units.copy_(torch.tensor([[1.0], [0.2]]))
+    dynamics.x_mean, dynamics.x_std = torch.randn(5), torch.rand(5) + 0.5
+    dynamics.y_mean, dynamics.y_std = torch.randn(4), torch.rand(4) + 0.5
+    dynamics.disc_mean, dynamics.disc_std = torch.tensor(1.0), torch.tensor(0.2)
     return dynamics
 
 
 def slow_dynamics(dynamics, m, x):
     """y of network m at one raw x, one number at a time."""
-    x = [(v - mean) / std for v, mean, std in zip(x, *dynamics.x_units.tolist(), strict=True)]
+    x = [(v - mean) / std for v, mean, std in zip(x, dynamics.x_mean.tolist(), dynamics.x_std.tolist(), strict=True)]
     for i, layer in enumerate(dynamics.layers):
         x = [max(v, 0) for v in x] if i else x
         x = slow_dense(x, layer.weight[m].T.tolist(), layer.bias[m, 0].tolist())
-    return [mean + std * v for v, mean, std in zip(x, *dynamics.y_units.tolist(), strict=True)]
+    units = zip(x, dynamics.y_mean.tolist(), dynamics.y_std.tolist(), strict=True)
+    return [mean + std * v for v, mean, std in units]
 
 
 def slow_disc(ys):
@@ -73,7 +74,7 @@ def test_dynamics_loss_equals_a_loop():
     for m in range(4):
         for b in range(3):
             said = slow_dynamics(dynamics, m, x[m, b].tolist())
-            expected += sum(((said[i] - float(y[m, b, i])) / float(dynamics.y_units[1, i])) ** 2 for i in range(4)) / 12
+            expected += sum(((said[i] - float(y[m, b, i])) / float(dynamics.y_std[i])) ** 2 for i in range(4)) / 12
     assert_close(morel.dynamics_loss(dynamics, x, y), expected)
     with pytest.raises(AssertionError):
         morel.dynamics_loss(dynamics, x, y[0])
@@ -118,11 +119,11 @@ def test_fit_shows_each_network_all_rows_in_its_own_order(monkeypatch, tmp_path)
     orders = [tuple(row) for epoch in (first, second) for row in epoch[..., 0].tolist()]
     assert len(set(orders)) == 8 and all(sorted(order) == list(range(30)) for order in orders)
     std = obs.std(correction=0)
-    assert_close(dynamics.x_units, [[14.5, 0.0], [std, 1.0]])  # what never changes is not divided by 0
-    assert_close(dynamics.y_units, [[30.0, -14.5], [2 * std, std]])
+    assert_close(torch.stack([dynamics.x_mean, dynamics.x_std]), [[14.5, 0.0], [std, 1.0]])  # a constant: not by 0
+    assert_close(torch.stack([dynamics.y_mean, dynamics.y_std]), [[30.0, -14.5], [2 * std, std]])
     x = torch.cat([obs, 0 * obs], 1)
     disc = torch.tensor([slow_disc([slow_dynamics(dynamics, m, row) for m in range(4)]) for row in x.tolist()])
-    assert_close(dynamics.disc_units[:, 0], [disc.mean(), disc.std(correction=0)])
+    assert_close([dynamics.disc_mean, dynamics.disc_std], [disc.mean(), disc.std(correction=0)])
 
 
 def test_the_jump_into_another_episode_is_not_fitted(monkeypatch, tmp_path):
@@ -131,7 +132,7 @@ def test_the_jump_into_another_episode_is_not_fitted(monkeypatch, tmp_path):
     next_obs = obs.clone()
     next_obs[4, 0] = 0.5  # fell
     data = plain_data(obs, torch.zeros(30, 1), next_obs, torch.zeros(30), "Hopper-v5")
-    data.columns(data.packed).terminated[[4, 9]] = 1
+    data.terminated[[4, 9]] = 1
     _, seen = recorded_fit(monkeypatch, tmp_path, data, epochs=1)
     assert set(torch.cat(seen, 1)[0, :, 2].tolist()) == set(range(30)) - {9}
 
@@ -159,13 +160,13 @@ def test_imagine_equals_a_loop(monkeypatch):
     """Row by row: the policy's action, disc of all networks, the next state of the rollout's own one; HALT where unknown."""
     monkeypatch.setitem(morel.FALLS, "Pendulum-v1", lambda s: s[:, 1] > 2.5)
     data, actor, dynamics = tiny_data(), make(Actor, 3, 2), some_dynamics()
-    dynamics.disc_units.copy_(torch.tensor([[5.0], [1.0]]))
-    starts, picks, normal = (record_draws(monkeypatch, name) for name in ("rand", "randint", "randn_like"))
+    dynamics.disc_mean, dynamics.disc_std = torch.tensor(5.0), torch.tensor(1.0)
+    whole, normal = (record_draws(monkeypatch, name) for name in ("randint", "randn_like"))
     rows = morel.imagine(Args(rollout_starts=24, horizon=3, beta=2.0, gamma=0.9), data, dynamics, actor)
 
-    worst = -max(abs(r) for r in data.packed[:, -2].tolist()) / 0.1
-    alive, expected, kinds = [(data.packed[int(u * 12), :3].tolist(), int(m)) for u, m in zip(starts[0], picks[0])], [], set()
-    assert len(picks) == 1, "one network for a whole rollout"
+    worst = -max(abs(r) for r in data.reward.tolist()) / 0.1
+    starts, picks = whole  # one network for a whole rollout
+    alive, expected, kinds = [(data.obs[i].tolist(), int(m)) for i, m in zip(starts, picks)], [], set()
     for step in range(3):
         still = []
         for b, (obs, m) in enumerate(alive):
@@ -179,15 +180,15 @@ def test_imagine_equals_a_loop(monkeypatch):
                 still.append((next_obs, m))
         alive = still
     assert kinds == {(a, b) for a in (False, True) for b in (False, True)} and len(expected) > 30, (kinds, len(expected))
-    assert_close(rows, expected)
-    assert not rows.requires_grad
+    assert_close(as_rows(rows), expected)
+    assert not any(column.requires_grad for column in rows)
 
 
-class Spoken:
-    """A model whose networks say y of every x, (M, S + 1), and whose disc has this mean and std over the data."""
+class Constant:
+    """A model with these y (M, S + 1) for every x, and whose disc has this mean and std over the data."""
 
     def __init__(self, y, mean, std=0.0):
-        self.y, self.disc_units = torch.as_tensor(y), torch.tensor([[mean], [std]])
+        self.y, self.disc_mean, self.disc_std = torch.as_tensor(y), mean, std
 
     def __call__(self, x):
         return self.y[:, None].expand(-1, len(x), -1)
@@ -199,10 +200,9 @@ def test_two_networks_that_differ_by_d(threshold, halts):
     y = torch.ones(4, 4)
     y[3, 1] += 0.3
     data = tiny_data(action_dim=1)
-    data.columns(data.packed).reward[3] = -7.0
-    rows = morel.imagine(Args(rollout_starts=5, horizon=3, gamma=0.9), data, Spoken(y, threshold),
+    data.reward[3] = -7.0
+    rows = morel.imagine(Args(rollout_starts=5, horizon=3, gamma=0.9), data, Constant(y, threshold),
                          lambda obs: (obs[:, :1], obs[:, :1]))
-    rows = data.columns(rows)
     assert len(rows.obs) == (5 if halts else 15)
     assert rows.terminated.unique().tolist() == [float(halts)]
     assert_close(rows.reward, torch.full((len(rows.obs),), -70.0 if halts else 1.0))
@@ -217,14 +217,14 @@ def test_threshold_is_of_the_data(monkeypatch, tmp_path):
     data = plain_data(torch.randn(200, 2), torch.rand(200, 1), torch.randn(200, 2), torch.randn(200))
     dynamics = Dynamics(2, 1)
     morel.fit(dynamics, data, Args(dynamics_epochs=3), no_run(tmp_path))
-    rows = data.columns(data.packed)
+    rows = data.rows(torch.arange(200))
     disc = morel.disagreement(dynamics(torch.cat([rows.obs, rows.action], 1))).detach()
     monkeypatch.setattr(data, "sample", lambda n: rows)
     monkeypatch.setattr(morel, "sample_action", lambda mean, log_std: (rows.action, None))
     for beta, share in ((0.0, (disc > disc.mean()).double().mean()), ((disc.max() - disc.mean()) / disc.std(correction=0), 0.0),
                         (2.0, (disc > disc.mean() + 2 * disc.std(correction=0)).double().mean())):
         args = Args(rollout_starts=200, horizon=1, beta=float(beta) + 1e-9)
-        assert_close(data.columns(morel.imagine(args, data, dynamics, Actor(2, 1))).terminated.mean(), share)
+        assert_close(morel.imagine(args, data, dynamics, Actor(2, 1)).terminated.mean(), share)
     assert 0.2 < (disc > disc.mean()).double().mean() < 0.8
 
 
@@ -242,7 +242,7 @@ def test_it_fires_on_random_actions_and_not_on_held_out_data(monkeypatch, tmp_pa
 
     dynamics = Dynamics(3, 1)
     morel.fit(dynamics, plain_data(*transitions(4000, False)), Args(dynamics_epochs=15), no_run(tmp_path))
-    mean, std = dynamics.disc_units[:, 0]
+    mean, std = dynamics.disc_mean, dynamics.disc_std
     fires = {}
     for kind in (False, True):
         obs, action, *_ = transitions(2000, kind)
@@ -250,12 +250,81 @@ def test_it_fires_on_random_actions_and_not_on_held_out_data(monkeypatch, tmp_pa
     assert fires[False] < 0.02 and fires[True] > 10 * fires[False] and fires[True] > 0.15, fires
 
 
+# ---- (E7): the soft form
+
+
+def soft_and_slow(monkeypatch, weight, **args):
+    """imagine with a penalty, and the same by a loop, row by row."""
+    monkeypatch.setitem(morel.FALLS, "Pendulum-v1", lambda s: s[:, 1] > 2.5)
+    data, actor, dynamics = tiny_data(), make(Actor, 3, 2, scale=1.0), some_dynamics()
+    whole, normal = (record_draws(monkeypatch, name) for name in ("randint", "randn_like"))
+    args = Args(rollout_starts=24, horizon=3, penalty="soft", penalty_weight=weight, **args)
+    rows = morel.imagine(args, data, dynamics, actor)
+    starts, picks = whole
+    alive, expected = [(data.obs[i].tolist(), int(m)) for i, m in zip(starts, picks)], []
+    for step in range(3):
+        still = []
+        for b, (obs, m) in enumerate(alive):
+            action, _ = slow_sample(actor, torch.tensor(obs), normal[step][b], -20.0)
+            said = [slow_dynamics(dynamics, i, obs + action) for i in range(4)]
+            next_obs = [obs[i] + said[m][i] for i in range(3)]
+            fell = next_obs[1] > 2.5
+            expected.append(obs + action + next_obs + [said[m][3] - weight * slow_disc(said), float(fell)])
+            if not fell:
+                still.append((next_obs, m))
+        alive = still
+    assert 24 < len(expected) < 72, "some must fall, not all at once"
+    return rows, expected
+
+
+def test_soft_penalty_equals_a_loop(monkeypatch):
+    """At every pair λ disc is subtracted; no pair halts, whatever β; only a fall ends a rollout."""
+    rows, expected = soft_and_slow(monkeypatch, 1.7, beta=0.0)
+    assert_close(as_rows(rows), expected)
+    assert not any(column.requires_grad for column in rows)
+
+
+def test_soft_penalty_in_known_cases():
+    """disc = 0.3, λ = 2: 0.6 less. The slope in λ is −disc; the reward's and disc's own slopes are 1 and −λ."""
+    reward, disc = torch.randn(5, requires_grad=True), torch.rand(5, requires_grad=True)
+    weight = torch.tensor(2.0, requires_grad=True)
+    assert_close(morel.soft_penalty(torch.ones(2), torch.tensor([0.3, 0.0]), 2.0), [0.4, 1.0])
+    morel.soft_penalty(reward, disc, weight).sum().backward()
+    assert_close(reward.grad, torch.ones(5))
+    assert_close(disc.grad, torch.full((5,), -2.0))
+    assert_close(weight.grad, -disc.sum())
+
+
+def test_without_weight_it_is_the_unpenalised_model():
+    """λ = 0: the rows of HALT with a threshold that nothing reaches, bit for bit, and not those of the default threshold. Any λ
+    leaves states, actions and ends as they are."""
+    data, actor, dynamics = tiny_data(), make(Actor, 3, 2), some_dynamics()
+
+    def imagined(**args):
+        torch.manual_seed(1)
+        return morel.imagine(Args(rollout_starts=24, horizon=3, **args), data, dynamics, actor)
+
+    free = imagined(penalty="soft", penalty_weight=0.0)
+    assert torch.equal(as_rows(free), as_rows(imagined(beta=1e9)))
+    assert len(imagined(beta=0.0).obs) < len(free.obs)
+    soft = imagined(penalty="soft", penalty_weight=3.0)
+    assert (soft.reward < free.reward).all()
+    assert torch.equal(as_rows(soft._replace(reward=free.reward)), as_rows(free))
+
+
+def test_the_soft_form_trains_under_its_own_name(monkeypatch, tmp_path):
+    """-soft beside the default; γ = 1 is allowed, as nothing pays for ever."""
+    for args, name in ((dict(), ""), (dict(penalty="soft", gamma=1.0), "-soft")):
+        run = trained(morel, monkeypatch, tmp_path, steps=2, rollout_starts=10, **args)
+        assert run.variant == name and run.steps_that_moved("actor") == [1, 2]
+
+
 # ---- the pessimistic MDP
 
 
 class Corridor:
     """Five cells with known moves, −1 or +1, by the action's sign; networks disagree at the pairs called unknown."""
-    disc_units = torch.tensor([[0.5], [0.0]])
+    disc_mean, disc_std = 0.5, 0.0
 
     def __init__(self, unknown, reward):
         self.unknown, self.reward = unknown, reward
@@ -273,15 +342,15 @@ class Corridor:
         return y
 
 
-def pessimistic_mdp(unknown, reward):
+def pessimistic_mdp(unknown, reward, **penalty):
     """What imagine makes of it: for each pair the reward, the next cell and whether it ends; (5, 2) each."""
     data = tiny_data(300, action_dim=1)
-    data.packed.zero_()
-    rows = data.columns(data.packed)
-    rows.obs[:, 0] = torch.arange(300) % 5
-    rows.reward[:10] = torch.as_tensor(reward).flatten()  # κ is the largest |r| of the data
-    rows = data.columns(morel.imagine(Args(rollout_starts=600, horizon=1, gamma=0.9), data, Corridor(unknown, reward),
-                                      lambda obs: (0 * obs[:, :1], 0 * obs[:, :1])))
+    data.obs.zero_()
+    data.obs[:, 0] = torch.arange(300) % 5
+    data.reward.zero_()
+    data.reward[:10] = torch.as_tensor(reward).flatten()  # κ is the largest |r| of the data
+    args = Args(rollout_starts=600, horizon=1, gamma=0.9, **penalty)
+    rows = morel.imagine(args, data, Corridor(unknown, reward), lambda obs: (0 * obs[:, :1], 0 * obs[:, :1]))
     got = np.full((3, 5, 2), np.nan)
     for obs, action, r, next_obs, ends in zip(*(part.tolist() for part in rows)):
         got[:, round(obs[0]), int(action[0] > 0)] = r, round(next_obs[0]), ends
@@ -313,18 +382,21 @@ def test_its_values_are_lower_bounds():
 
 
 def test_the_best_policy_goes_round_the_unknown():
-    """The short way to cell 0 leads over an unknown pair: known, it is taken; unknown, the long way is."""
+    """The short way to cell 0 leads over an unknown pair: known, it is taken; unknown, the long way is. With the soft form
+    the weight decides: 0.01 for the pair costs less than the long way, 2 costs more."""
     reward = np.zeros((5, 2))
     reward[1, 0] = reward[4, 1] = 1.0  # arrives at 0
 
-    def best_first_step(unknown):
-        pairs, value = pessimistic_mdp(unknown, reward), np.zeros(5)
+    def best_first_step(unknown, **penalty):
+        pairs, value = pessimistic_mdp(unknown, reward, **penalty), np.zeros(5)
         for _ in range(300):
             q = pairs[0] + 0.9 * (1 - pairs[2]) * value[pairs[1].astype(int)]
             value = q.max(1)
         return q[2].argmax()
 
     assert best_first_step(set()) == 0 and best_first_step({(1, False)}) == 1
+    for weight, step in ((0.0, 0), (0.01, 0), (2.0, 1)):
+        assert best_first_step({(1, False)}, penalty="soft", penalty_weight=weight) == step
 
 
 # ---- SAC's losses against loops
@@ -383,7 +455,7 @@ def sgd(actor, critic, log_alpha, lr=0.01):
 def test_update_is_the_algorithm_box():
     """Real rows first, then imagined ones; Q, then π on the new Q, then α, each with the old α; then (E12), exactly."""
     args = Args(batch_size=5, real_share=0.5, gamma=0.9, target_rate=0.3)
-    data, pool, nets = tiny_data(), tiny_data(9), networks()
+    data, pool, nets = tiny_data(), filled_pool(morel, tiny_data(9)), networks()
     actor, critic, critic_target, log_alpha = copy.deepcopy(nets)
     optimizers = sgd(nets[0], nets[1], nets[3])
     for seed in range(2):  # twice, so that no gradient is left over
@@ -414,7 +486,7 @@ def test_update_is_the_algorithm_box():
 
 def test_with_real_rows_alone_it_is_sac():
     """real_share 1: the same step as sac.py's on the same data, bit for bit, whatever is in the pool."""
-    nets, data, pool = networks(), tiny_data(), tiny_data()
+    nets, data, pool = networks(), tiny_data(), filled_pool(morel, tiny_data())
     other = copy.deepcopy(nets)
     torch.manual_seed(3)
     morel.update(Args(batch_size=6, real_share=1.0), data, pool, *nets, *sgd(nets[0], nets[1], nets[3]))

@@ -12,6 +12,7 @@ from helpers import (
     flat,
     flat_grad,
     make,
+    one_state_data,
     record_draws,
     silent_train,
     slow_critic,
@@ -27,10 +28,12 @@ from plas import VAE, Actor, Args, Critic, LatentPolicy
 
 @pytest.fixture(autouse=True)
 def small(exact, monkeypatch):
-    """Two narrow hidden layers, in float64; nobody presses Ctrl-C."""
+    """Two narrow hidden layers, in float64; nobody presses Ctrl-C, and a run keeps what it saves."""
     monkeypatch.setattr(plas, "HIDDEN", (7, 6))
     monkeypatch.setattr(plas, "VAE_HIDDEN", (6, 5))
     monkeypatch.setattr(SilentRun, "stop", False, raising=False)
+    monkeypatch.setattr(SilentRun, "save", lambda run, step: run.snapshot())
+    monkeypatch.setattr(SilentRun, "close", lambda run: None, raising=False)
 
 
 def latent_policy(bound=1.5):
@@ -263,37 +266,33 @@ def test_each_learning_rate_has_its_own_network(monkeypatch, setting, still):
 
 
 def test_a_resumed_run_goes_on_with_the_vae_where_it_was(monkeypatch):
-    """Of five steps three are behind it: two more, and the curve begins anew. With five behind it, none, and no step 0."""
+    """Of five steps three are behind it: two more. With five behind it, none, and nothing to save before step 1."""
     steps = []
     real = plas.update_vae
     monkeypatch.setattr(plas, "update_vae", lambda *args: steps.append(0) or real(*args))
-    for behind, fitted_now, moments, curve in ((3, 2, 4, []), (5, 0, 3, ["of before"])):
-        def resume(self, **state):
-            self.state, self.curve = state, ["of before"]
-            state["fitted"].fill_(behind)
+    for behind, fitted_now, moments in ((3, 2, 4), (5, 0, 3)):
+        def begin(self, parts, actor, behind=behind):
+            self.state, self.actor = parts, actor
+            parts["fitted"].fill_(behind)
             self.snapshot()
             return 0
 
         steps.clear()
-        monkeypatch.setattr(SilentRun, "resume", resume)
+        monkeypatch.setattr(SilentRun, "begin", begin)
         run = silent_train(monkeypatch, plas, tiny_data(), steps=2, vae_steps=5, batch_size=4)
         assert len(steps) == fitted_now and len(run.history) == moments and run.state["fitted"] == 5
-        assert run.curve == curve
 
 
-def test_ctrl_c_in_stage_1_saves_at_once(monkeypatch):
-    """The step under way is finished, then run.step, which saves and leaves."""
-    class Left(Exception):
-        pass
-
-    def leave(self, step, metrics, act):
-        assert step == 0 and self.state["fitted"] == 1 and metrics["cloning_error"] > 0
-        raise Left
-
+def test_ctrl_c_in_stage_1_saves_at_once(monkeypatch, capsys):
+    """The step under way is finished and saved as step 0, and the run ends."""
+    saved = []
     monkeypatch.setattr(SilentRun, "stop", True)
-    monkeypatch.setattr(SilentRun, "step", leave)
-    with pytest.raises(Left):
+    monkeypatch.setattr(SilentRun, "save", lambda run, step: saved.append((step, int(run.state["fitted"]))))
+    with pytest.raises(SystemExit) as left:
         silent_train(monkeypatch, plas, tiny_data(), steps=2, vae_steps=50, batch_size=4)
+    said = capsys.readouterr()
+    assert saved == [(0, 1)] and left.value.code == 2 and "--resume" in said.err
+    assert float(said.out.split("cloning_error")[1].split()[0]) > 0
 
 
 # ---- two modes, and the gap between them
@@ -304,11 +303,9 @@ def learn_between_two_modes(monkeypatch, reward):
     for name in ("HIDDEN", "VAE_HIDDEN"):
         monkeypatch.setattr(plas, name, (32, 32))
     torch.manual_seed(0)
-    data = tiny_data(256, action_dim=1)
-    data.packed.zero_()
-    columns = data.columns(data.packed)
-    columns.action[:, 0] = torch.where(torch.arange(256) % 2 == 0, 0.8, -0.8)
-    columns.reward[:] = reward(columns.action[:, 0])
+    data = one_state_data(256)
+    data.action[:, 0] = torch.where(torch.arange(256) % 2 == 0, 0.8, -0.8)
+    data.reward[:] = reward(data.action[:, 0])
     data.action_mid, data.action_half = torch.zeros(1), torch.ones(1)
     run = silent_train(monkeypatch, plas, data, steps=200, vae_steps=500, batch_size=32, gamma=0.5, target_rate=0.2,
                        vae_lr=5e-3, actor_lr=5e-3, critic_lr=5e-3)

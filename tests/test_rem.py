@@ -2,9 +2,10 @@
 import copy
 import math
 
+import common
+
 import dqn
 import gymnasium as gym
-import minari
 import numpy as np
 import pytest
 import rem
@@ -12,6 +13,7 @@ import torch
 from helpers import (
     assert_close,
     assert_gradient,
+    build_pixels,
     flat,
     flat_grad,
     make,
@@ -22,10 +24,7 @@ from helpers import (
     tiny_batch,
     tiny_discrete_data,
 )
-from minari.data_collector import EpisodeBuffer
 from rem import Args, QNetwork
-
-import common
 
 K, A = 4, 3
 
@@ -93,13 +92,13 @@ def test_weights_are_normalised_uniform_not_dirichlet():
 
 
 def test_heads_share_a_body_and_keep_their_order():
-    q_net, obs = make(lambda *dims: QNetwork(*dims, num_heads=K), 3, A), torch.randn(4, 3)
+    q_net, obs = make(lambda *dims: QNetwork(*dims, num_heads=K), (3,), A), torch.randn(4, 3)
     assert_close(q_net(obs), np.transpose([heads(q_net, row) for row in obs], (1, 0, 2)))
 
 
 @pytest.mark.parametrize("ensemble", [False, True])
 def test_target_and_loss_and_gradient_equal_a_loop(ensemble):
-    q_net, q_target = (make(lambda *dims: QNetwork(*dims, num_heads=K), 3, A) for _ in range(2))
+    q_net, q_target = (make(lambda *dims: QNetwork(*dims, num_heads=K), (3,), A) for _ in range(2))
     batch, weights = discrete_batch(), some_weights(ensemble)
     y = rem.td_target(q_target, weights, batch, 0.9)
     assert y.shape == (K if ensemble else 1, 4) and not y.requires_grad
@@ -139,10 +138,10 @@ def test_equal_heads_lose_what_dqn_loses_and_share_its_gradient():
 
 def test_fixed_equal_weights_are_dqn_of_the_mean_head_and_random_ones_are_not():
     """With α_k = 1/K each time the mixture is the mean of the heads, and REM is DQN of it."""
-    q_net, q_target = (make(lambda *dims: QNetwork(*dims, num_heads=K), 3, A) for _ in range(2))
+    q_net, q_target = (make(lambda *dims: QNetwork(*dims, num_heads=K), (3,), A) for _ in range(2))
     mean, mean_target = (lambda obs, net=net: net(obs).mean(dim=0) for net in (q_net, q_target))
     batch, equal, random = discrete_batch(), torch.full((1, K), 1 / K), some_weights(False)
-    expected = dqn.critic_loss(mean, batch, dqn.td_target(mean_target, batch, 0.9))[0]
+    expected = dqn.critic_loss(mean, batch, dqn.td_target(mean, mean_target, batch, dqn.Args(gamma=0.9)))[0]
     loss = rem.critic_loss(q_net, equal, batch, rem.td_target(q_target, equal, batch, 0.9))[0]
     other = rem.critic_loss(q_net, random, batch, rem.td_target(q_target, random, batch, 0.9))[0]
     assert_close(loss, expected)
@@ -155,11 +154,12 @@ def test_one_head_is_dqn(ensemble):
     data, results = tiny_discrete_data(), []
     for module, settings in ((dqn, {}), (rem, dict(num_heads=1, ensemble=ensemble))):
         torch.manual_seed(1)
-        q_net = module.QNetwork(3, A, *([1] if module is rem else []))
+        q_net = module.QNetwork((3,), A, *([1] if module is rem else []))
         q_target, optimizer = copy.deepcopy(q_net), torch.optim.Adam(q_net.parameters(), lr=0.1)
         for seed in range(3):
             torch.manual_seed(seed)
-            metrics = module.update(module.Args(batch_size=4, **settings), data, q_net, q_target, optimizer, seed == 1)
+            metrics = module.update(module.Args(batch_size=4, **settings), data, q_net, q_target, optimizer,
+                                    copy_target=seed == 1)
         results.append((metrics["critic_loss"], metrics["q_data"], metrics["q_policy"], flat(q_net), flat(q_target)))
     for got, want in zip(*results):
         assert_close(got, want, 1e-12)
@@ -180,7 +180,7 @@ def test_no_loss_where_every_head_is_right():
 
 
 def test_critic_loss_refuses_other_shapes():
-    q_net = QNetwork(3, A, K)
+    q_net = QNetwork((3,), A, K)
     with pytest.raises(AssertionError, match="broadcast"):
         rem.critic_loss(q_net, some_weights(True), discrete_batch(), torch.zeros(1, 4))
 
@@ -192,12 +192,12 @@ def test_critic_loss_refuses_other_shapes():
 def test_update_is_the_algorithm_box(ensemble):
     """One draw of M for both networks; a step; in its turn a hard copy of what was just learnt."""
     args, data = Args(batch_size=4, gamma=0.9, num_heads=K, ensemble=ensemble), tiny_discrete_data()
-    q_net, q_target = (make(lambda *dims: QNetwork(*dims, num_heads=K), 3, A) for _ in range(2))
+    q_net, q_target = (make(lambda *dims: QNetwork(*dims, num_heads=K), (3,), A) for _ in range(2))
     q, target = copy.deepcopy(q_net), copy.deepcopy(q_target)
     optimizer = torch.optim.SGD(q_net.parameters(), lr=0.01)
     for seed, copy_target in enumerate((False, True, False)):
         torch.manual_seed(seed)
-        metrics = rem.update(args, data, q_net, q_target, optimizer, copy_target)
+        metrics = rem.update(args, data, q_net, q_target, optimizer, copy_target=copy_target)
 
         torch.manual_seed(seed)
         batch, weights = data.sample(4), some_weights(ensemble)
@@ -219,60 +219,30 @@ def test_train_copies_the_target_on_time(monkeypatch):
 
 
 def test_act_takes_what_the_mean_of_the_heads_finds_best():
-    q_net, obs = make(lambda *dims: QNetwork(*dims, num_heads=K), 3, A), 5 * torch.randn(20, 3)
+    q_net, obs = make(lambda *dims: QNetwork(*dims, num_heads=K), (3,), A), 5 * torch.randn(20, 3)
     values = np.array([heads(q_net, row) for row in obs])  # (B, K, A)
     best = values.mean(axis=1).argmax(axis=1)
     assert q_net.act(obs).tolist() == best.tolist()
     assert all((values[:, k].argmax(axis=1) != best).any() for k in range(K)), "no head alone says the same"
 
 
-# ---- frames
+# ---- images
 
 
-class Pixels(gym.Env):
-    """Four stacked frames, as an Atari wrapper gives them: the left or the right half is bright; press that side."""
-    observation_space, action_space = gym.spaces.Box(0, 255, (4, 84, 84), np.uint8), gym.spaces.Discrete(2)
-
-    def frames(self):
-        frames = np.zeros((4, 84, 84), np.uint8)
-        frames[:, :, slice(42, None) if self.right else slice(42)] = 255
-        return frames
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.left, self.right = 5, int(self.np_random.integers(2))
-        return self.frames(), {}
-
-    def step(self, action):
-        reward, self.left, self.right = 10.0 * (action == self.right), self.left - 1, int(self.np_random.integers(2))
-        return self.frames(), reward, self.left == 0, False, {}
-
-
-def test_frames_get_the_nature_network_and_clipped_rewards(monkeypatch, tmp_path):
-    """A Minari set of stacked uint8 frames: read, learnt from, and solved, with rewards of 10 counted as 1."""
+@pytest.mark.parametrize("shape", [(4, 84, 84), (44, 60, 3)])
+def test_frames_get_the_nature_network_and_clipped_rewards(monkeypatch, tmp_path, shape):
+    """A Minari set of uint8 images: read, learnt from, saved and solved, with rewards of 10 counted as 1."""
     torch.set_default_dtype(torch.float32)
-    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
-    gym.register("Pixels-v0", "test_rem:Pixels")
-    env, rng, episodes = gym.make("Pixels-v0"), np.random.default_rng(0), []
-    for seed in range(20):
-        obs, action, reward = [env.reset(seed=seed)[0]], rng.integers(2, size=5), []
-        for a in action:
-            step = env.step(a)
-            obs.append(step[0])
-            reward.append(step[1])
-        ends = np.arange(5) == 4
-        episodes.append(EpisodeBuffer(observations=np.array(obs), actions=action, rewards=np.array(reward), terminations=ends,
-                                      truncations=ends & False, infos={}))
-    with pytest.warns(UserWarning):
-        minari.create_dataset_from_buffers("test/pixels-v0", episodes, env=env)
-    args = Args(env="test/pixels-v0", steps=40, batch_size=16, learning_rate=1e-3, target_every=10, num_heads=5, gamma=0.5,
-                device="cpu", out=str(tmp_path / "runs"), eval_every=40, final_episodes=4)
+    name, episodes = build_pixels(monkeypatch, tmp_path, shape)
+    args = Args(env=name, steps=40, batch_size=16, learning_rate=1e-3, target_every=10, num_heads=5, gamma=0.5,
+                device="cpu", out=str(tmp_path / "runs"), eval_every=40, eval_episodes=1, final_episodes=4)
     rem.train(args)
-    result = torch.load(tmp_path / "runs" / "rem" / "test_pixels-v0" / "seed0" / "policy.pt", weights_only=True)
-    q_net = QNetwork(result["obs_dim"], result["action_dim"], 5)
-    q_net.load_state_dict(result["actor"])
-    assert (common.evaluate(q_net.act, "Pixels-v0", 4, 7) == 50).all()
-    batch = torch.as_tensor(np.array(episodes[0].observations[:5]), dtype=torch.float32)
-    assert torch.equal(q_net(batch.flatten(1)).transpose(0, 1).flatten(1), q_net.net(batch.flatten(1) / 255))
-    assert q_net(batch.flatten(1)).max() < 4, "Q of rewards of 1, not of 10, is at most 2"
-    assert sum(p.numel() for p in q_net.net[:8].parameters()) == 77_984, "the Nature network's convolutions"
+    act = common.load_policy(next((tmp_path / "runs" / "rem").iterdir()) / "seed0")
+    q_net, env_spec = act.__self__, gym.make("Pixels-v0", shape=list(shape)).spec.to_json()
+    assert (common.evaluate(act, env_spec, 4, 7) == 50).all()
+    batch = torch.as_tensor(np.array(episodes[0].observations[:5]))
+    frames = (batch if shape[0] == 4 else batch.permute(0, 3, 1, 2)).float() / 255
+    assert_close(q_net(batch).transpose(0, 1).flatten(1), q_net.net[1:](frames), 1e-6)
+    assert q_net(batch).max() < 4, "Q of rewards of 1, not of 10, is at most 2"
+    if shape[0] == 4:
+        assert sum(p.numel() for p in q_net.net[:8].parameters()) == 77_984, "the Nature network's convolutions"

@@ -1,4 +1,8 @@
-"""Whole runs, as a user starts them: they resume bit for bit, save policies that act, and refuse bad settings."""
+"""Whole runs: they resume bit for bit, save policies that act, and refuse bad settings.
+
+Most run in this process. Processes are started where a process is the point: one that is killed, one that gets Ctrl-C, one in
+a folder of its own.
+"""
 import importlib
 import json
 import shutil
@@ -8,76 +12,94 @@ import sys
 import time
 from dataclasses import replace
 
+import common
+
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from helpers import QUICK, command, folder, run, tiny_data
-
-import common
+from helpers import QUICK, SMALL, build, command, run, run_of, tiny_data
 
 ALGORITHMS = [path.stem for path in sorted((ROOT / "algorithms").glob("*.py")) if path.stem != "fqe"]  # it has no policy
-ENV = {"dqn": "cartpole-medium", "rem": "cartpole-medium"}  # the others run on pendulum-medium
-MODEL = dict(batch_size=64, dynamics_epochs=1, rollout_starts=100, rollout_every=50)
-SMALL = {  # where a default takes more than a test's time, or its 200 updates would not get to every part
-    "awac": dict(batch_size=64), "awr": dict(value_steps=30, actor_steps=40), "bcq": dict(batch_size=16, num_samples=2),
-    "bear": dict(batch_size=16, num_samples=2), "brac": dict(behavior_steps=50, warm_start_steps=50),
-    "cql": dict(batch_size=32, num_samples=2), "edac": dict(batch_size=64, num_critics=3), "plas": dict(vae_steps=30),
-    "rebrac": dict(batch_size=64), "decision_transformer": dict(batch_size=8, warmup_steps=10),
-    "uwac": dict(batch_size=16, num_samples=2, passes=2, warm_up_steps=120),
-    "mopo": MODEL, "morel": MODEL, "combo": MODEL | dict(num_samples=2), "mabcq": dict(agents=1, batch_size=16, num_samples=2),
-}
+DISCRETE = ("cql_discrete", "dqn", "rem")
 NARROW = {  # constants of a file that would be too slow
     "decision_transformer": dict(CONTEXT=5, WIDTH=16, LAYERS=1), "morel": dict(DYNAMICS_HIDDEN=(32, 32)),
     **dict.fromkeys(("mopo", "combo"), dict(DYNAMICS_HIDDEN=(20, 20, 20, 20))),
 }
+ENV = "pendulum-random"
+FEW = ["--env", ENV, *QUICK[2:]]
 
 
-def policy(name: str, out, env: str = "pendulum-medium") -> dict:
-    return torch.load(folder(name, out, env) / "policy.pt", weights_only=True)
+@pytest.fixture(scope="session")
+def small_data(minari_root):
+    """4,000 transitions each, for all runs of this file."""
+    with pytest.MonkeyPatch.context() as patch:
+        for body in ("pendulum", "cartpole"):
+            build(patch, body, "random", 4000)
 
 
 class Interrupted(Exception):
     """Raised in the middle of a run."""
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
-def test_a_run_goes_on_bit_for_bit_and_its_policy_acts_on_raw_observations(name, minari_root, tmp_path, monkeypatch):
-    """Uninterrupted, and interrupted between two checkpoints and resumed: the same numbers everywhere. Then policy.pt alone
-    rebuilds the policy that was evaluated: same final returns, in the environment's own units."""
-    module, env, step = importlib.import_module(name), ENV.get(name, "pendulum-medium"), common.Run.step
-    for constant, value in NARROW.get(name, {}).items():
-        monkeypatch.setattr(module, constant, value)
-    args = module.Args(env=env, steps=200, eval_every=80, eval_episodes=1, final_episodes=2, device="cpu",
-                       out=str(tmp_path / "a"), **SMALL.get(name, {}))
-    module.train(args)
+def interrupt(monkeypatch, call, after: int) -> None:
+    """A run that ends after this update, and saves nothing then."""
+    step = common.Run.step
 
     def interrupted_step(run, number, *rest):
         step(run, number, *rest)
-        if number == 90:
+        if number == after:
+            run.close()
             raise Interrupted
 
-    monkeypatch.setattr(common.Run, "step", interrupted_step)
-    with pytest.raises(Interrupted):
-        module.train(replace(args, out=str(tmp_path / "b")))
-    monkeypatch.setattr(common.Run, "step", step)
-    module.train(replace(args, out=str(tmp_path / "b"), resume=True))
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # the interrupted run could not
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(common.Run, "step", interrupted_step)
+        call()
 
-    first, second = (next((tmp_path / letter).glob(f"*/{env}/seed0")) for letter in "ab")
-    weights, resumed = (torch.load(path / "policy.pt", weights_only=True)["actor"] for path in (first, second))
-    assert weights.keys() == resumed.keys() and all(torch.equal(weights[key], resumed[key]) for key in weights)
+
+def same(first: dict, second: dict) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+def weights(folder) -> dict:
+    return torch.load(folder / "policy.pt", weights_only=True)["actor"]
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_a_run_resumes_bit_for_bit_and_its_policy_acts_on_raw_observations(name, small_data, tmp_path, monkeypatch):
+    """Uninterrupted, and interrupted between two checkpoints and resumed: the same numbers everywhere. Then policy.pt alone
+    rebuilds the policy that was evaluated: same final returns, in the environment's own units. And policy.pt2 acts."""
+    module, env = importlib.import_module(name), "cartpole-random" if name in DISCRETE else ENV
+    for constant, value in NARROW.get(name, {}).items():
+        monkeypatch.setattr(module, constant, value)
+    if "Short-v0" not in gym.registry:  # the pendulum's episodes of 200 steps would take most of this test's time
+        gym.register("Short-v0", gym.spec("Pendulum-v1").entry_point, max_episode_steps=20)
+    args = module.Args(env=env, steps=50, eval_every=20, eval_episodes=1, final_episodes=2, device="cpu",
+                       eval_env="auto" if name in DISCRETE else "Short-v0", out=str(tmp_path / "a"), **SMALL.get(name, {}))
+    module.train(args)
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "export_policy", lambda *_: None)  # once is enough
+        interrupt(monkeypatch, lambda: module.train(replace(args, out=str(tmp_path / "b"))), after=30)
+        module.train(replace(args, out=str(tmp_path / "b"), resume=True))
+
+    first, second = run_of(name, tmp_path / "a"), run_of(name, tmp_path / "b")
+    assert same(weights(first), weights(second))
     result, again = (json.loads((path / "result.json").read_text()) for path in (first, second))
     assert all(result[key] == again[key] for key in ("final_returns", "curve", "dataset", "score"))
-    assert [point["step"] for point in result["curve"]][-3:] == [80, 160, 200]  # a stage before may have an entry at 0
+    assert [point["step"] for point in result["curve"]] == [20, 40, 50]
 
     saved = torch.load(first / "policy.pt", weights_only=True)
-    actor = getattr(module, "Actor", getattr(module, "QNetwork", None))(saved["obs_dim"], saved["action_dim"])
-    actor.load_state_dict(saved["actor"])
-    torch.manual_seed(0)
-    act = actor.act
-    returns = common.evaluate(act, saved["env_id"], 2, 10**6 * 1000, record=getattr(act, "record", None))
+    act = common.load_policy(first)
+    torch.manual_seed(1000)
+    returns = common.evaluate(act, saved["env_spec"], 2, 10**6 * 1000)
     np.testing.assert_allclose(returns, result["final_returns"], rtol=1e-5)
+    assert (first / "policy.pt2").exists() == (not hasattr(act, "start"))
+    if not hasattr(act, "start"):
+        raw = torch.randn(3, 4 if name in DISCRETE else 3)
+        own = torch.export.load(first / "policy.pt2").module()(raw)
+        assert own.shape == act(raw).shape
+        assert set(own.tolist()) <= {0, 1} if name in DISCRETE else own.abs().max() <= 2
     for key in ("algorithm env seed steps args dataset env_id versions hardware curve final_returns score seconds "
                 "updates_per_second").split():
         assert key in result
@@ -86,35 +108,87 @@ def test_a_run_goes_on_bit_for_bit_and_its_policy_acts_on_raw_observations(name,
     assert list(first.glob("events*"))
 
 
-def test_a_killed_run_resumes_to_the_same_policy_bit_for_bit(minari_root, tmp_path):
-    """kill -9 after the first checkpoint; then --resume. An uninterrupted run must end with the same numbers everywhere."""
-    plan = ["--steps", "240", "--eval-every", "80"]
-    assert "score" in run("td3_bc", tmp_path, *plan).stdout
-    expected = policy("td3_bc", tmp_path)["actor"]
-    shutil.move(folder("td3_bc", tmp_path), tmp_path / "uninterrupted")
-    killed = subprocess.Popen(command("td3_bc", tmp_path, *plan), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not (folder("td3_bc", tmp_path) / "checkpoint.pt").exists():
+def test_a_killed_run_resumes_to_the_same_policy_bit_for_bit(small_data, tmp_path):
+    """kill -9 of a process after the first checkpoint; then --resume. An uninterrupted run ends with the same numbers."""
+    import td3_bc
+    args = td3_bc.Args(env=ENV, steps=240, eval_every=80, eval_episodes=2, final_episodes=2, device="cpu",
+                       out=str(tmp_path / "whole"))
+    td3_bc.train(args)
+    (tmp_path / "killed").mkdir()
+    killed = subprocess.Popen(command("td3_bc", tmp_path / "killed", "--steps", "240", "--eval-every", "80", quick=FEW),
+                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=tmp_path)
+    while not list((tmp_path / "killed").glob("*/*/*/checkpoint.pt")):
         assert killed.poll() is None
         time.sleep(0.01)
     killed.kill()
     killed.wait()
-    assert not (folder("td3_bc", tmp_path) / "result.json").exists()
-    run("td3_bc", tmp_path, *plan, "--resume")
-    resumed = policy("td3_bc", tmp_path)["actor"]
-    assert expected.keys() == resumed.keys() and all(torch.equal(expected[key], resumed[key]) for key in expected)
+    assert not (run_of("td3_bc", tmp_path / "killed") / "result.json").exists()
+    td3_bc.train(replace(args, out=str(tmp_path / "killed"), resume=True))
+    results = [json.loads((run_of("td3_bc", tmp_path / name) / "result.json").read_text()) for name in ("whole", "killed")]
+    assert results[0]["score"] == results[1]["score"] is not None and results[0]["curve"] == results[1]["curve"]
+    assert same(weights(run_of("td3_bc", tmp_path / "whole")), weights(run_of("td3_bc", tmp_path / "killed")))
 
 
-def test_ctrl_c_leaves_a_checkpoint(minari_root, tmp_path):
-    process = subprocess.Popen(command("bc", tmp_path, "--steps", "1000000", "--eval-every", "500000"), stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True)
-    while not list(folder("bc", tmp_path).glob("events*")):
+def test_ctrl_c_leaves_a_checkpoint(small_data, tmp_path):
+    process = subprocess.Popen(command("bc", tmp_path, "--steps", "1000000", "--eval-every", "500000", quick=FEW),
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not list(tmp_path.glob("bc/*/seed0/events*")):
+        assert process.poll() is None
         time.sleep(0.05)
     time.sleep(1.0)
     process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=60)
-    assert "--resume goes on from there" in error and "Traceback" not in error
-    saved = torch.load(folder("bc", tmp_path) / "checkpoint.pt", weights_only=True)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert "the same command with --resume continues" in error and "Traceback" not in error
+    saved = torch.load(run_of("bc", tmp_path) / "checkpoint.pt", weights_only=True)
     assert 0 < saved["step"] < 1_000_000
+
+
+def test_a_second_signal_ends_the_run_at_once(tmp_path, capsys):
+    """Where an update takes long, the first one waits for its end; a second Ctrl-C does not. SIGTERM may come to every process
+    of a job and once more from the parent, so a second one changes nothing."""
+    record = begin(tmp_path, steps=100)
+    record.step(1, {})
+    for _ in range(2):
+        signal.raise_signal(signal.SIGTERM)
+        assert record.stop
+    with pytest.raises(SystemExit):
+        signal.raise_signal(signal.SIGINT)
+    assert "stopped; nothing was saved yet" in capsys.readouterr().err
+    record.close()
+
+
+def begin(tmp_path, **settings) -> common.Run:
+    """A run of bc.py without bc.py."""
+    args = importlib.import_module("bc").Args(out=str(tmp_path), device="cpu", **settings)
+    record = common.Run(args, tiny_data())
+    layer = torch.nn.Linear(1, 1)
+    assert record.begin({"layer": layer}, layer) == 0
+    return record
+
+
+def test_a_checkpoint_without_an_evaluation(tmp_path):
+    """run.save, as after a fit that comes before the first update: it resumes from there, and nothing is due."""
+    record = begin(tmp_path, steps=100)
+    record.learned["layer"].weight.data.fill_(7.0)
+    record.save(0)
+    record.close()
+    args = replace(record.args, resume=True)
+    again = common.Run(args, record.data)
+    layer = torch.nn.Linear(1, 1)
+    assert again.begin({"layer": layer}, layer) == 0 and float(layer.weight) == 7 and again.curve == []
+    again.close()
+
+
+def test_evaluations_do_not_change_what_is_learned(small_data, tmp_path):
+    """Neither its random numbers nor its weights: with one evaluation and with five the policy is the same."""
+    bc = importlib.import_module("bc")
+    folders = []
+    for eval_every in (2, 10):
+        bc.train(bc.Args(env=ENV, steps=10, eval_every=eval_every, eval_episodes=1, final_episodes=1, device="cpu",
+                         out=str(tmp_path / str(eval_every))))
+        folders.append(run_of("bc", tmp_path / str(eval_every)))
+    assert same(*map(weights, folders))
 
 
 def test_the_actor_uses_the_bounds_and_the_statistics_of_the_data():
@@ -127,77 +201,55 @@ def test_the_actor_uses_the_bounds_and_the_statistics_of_the_data():
     torch.testing.assert_close(actor.act(raw), 2 * actor((raw - actor.obs_mean) / actor.obs_std))
 
 
-def test_online_dqn_trains_and_snapshots(minari_root, tmp_path):
-    plan = ["--online", "--random-steps", "100", "--snapshot-every", "100", "--eval-every", "150", "--steps", "300"]
-    run("dqn", tmp_path, *plan, quick=["--env", "cartpole", "--eval-episodes", "1", "--final-episodes", "1", "--device", "cpu"])
-    where = folder("dqn-online", tmp_path, "cartpole")
-    checkpoint = torch.load(where / "checkpoint.pt", weights_only=True)
-    assert int(checkpoint["size"]) == 300 and set(checkpoint["packed"][:, 4].tolist()) == {0, 1}
-    assert 0.9 < torch.load(where / "snapshots" / "0000300.pt", weights_only=True)["epsilon"] < 1
-
-
-def test_online_sac_trains_snapshots_and_resumes(minari_root, tmp_path):
-    plan = ["--online", "--random-steps", "100", "--snapshot-every", "100", "--eval-every", "150"]
-    quick = ["--env", "pendulum", "--eval-episodes", "1", "--final-episodes", "1", "--device", "cpu"]
-    run("sac", tmp_path, *plan, "--steps", "150", quick=quick)
-    where = folder("sac-online", tmp_path, "pendulum")
-    checkpoint = torch.load(where / "checkpoint.pt", weights_only=True)
-    assert int(checkpoint["size"]) == 150 and (where / "snapshots" / "0000100.pt").exists()
-    torque = checkpoint["packed"][:, 3]
-    assert torque.abs().max() <= 1 and torque[:100].std() > 0.4  # in [-1, 1], and uniform at first
-    run("sac", tmp_path, *plan, "--steps", "300", "--resume", quick=quick)  # more steps than before may be asked for
-    assert (where / "snapshots" / "0000300.pt").exists()
-
-
-def test_every_bad_setting_gets_one_line(minari_root, tmp_path):
-    run("td3_bc", tmp_path, "--steps", "20", "--eval-every", "20")  # builds the dataset, where no test did so before
-
-    def error(name, *arguments, quick=QUICK):
-        lines = run(name, tmp_path, *arguments, code=2, quick=quick).stderr.strip().splitlines()
-        assert len(lines) == 1 and lines[0].startswith("error: "), lines
+def test_every_bad_setting_gets_one_line(small_data, tmp_path, capsys):
+    def error(name, **settings):
+        module = importlib.import_module(name)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            module.train(module.Args(**(dict(env=ENV, out=str(tmp_path), device="cpu") | settings)))
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert stop.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
         return lines[0]
 
-    assert "near are hopper-medium" in error("td3_bc", quick=["--env", "hoper-medium"])
-    assert "--steps must be at least 1" in error("bc", "--steps", "0")
-    assert "there is no" in error("bc", "--steps", "10", "--resume")
-    assert "--policy-delay must be at least 1" in error("rebrac", "--policy-delay", "0")
-    assert "--num-samples must be at least 1" in error("crr", "--num-samples", "0")
-    assert "--top-fraction" in error("bc", "--top-fraction", "0")
-    assert "a body" in error("sac", "--online", quick=["--env", "hopper-medium"])
-    assert "discrete actions" in error("sac", "--online", quick=["--env", "cartpole"])
-    assert "continuous actions" in error("dqn", "--online", quick=["--env", "pendulum"])
+    assert "near are hopper-medium" in error("td3_bc", env="hoper-medium")
+    assert "--steps must be at least 1" in error("bc", steps=0)
+    assert "there is no" in error("bc", steps=10, resume=True)
+    assert "--policy-delay must be at least 1" in error("rebrac", policy_delay=0)
+    assert "--num-samples must be at least 1" in error("crr", num_samples=0)
+    assert "--top-fraction" in error("bc", top_fraction=0.0)
     assert "continuous actions" in error("dqn")
-    run("bc", tmp_path, "--steps", "20", "--eval-every", "20")
-    assert "actor_lr was 0.0003" in error("bc", "--steps", "20", "--eval-every", "20", "--actor-lr", "1e-3", "--resume")
-    assert "more --steps" in error("bc", "--steps", "10", "--eval-every", "20", "--resume")
+    assert "discrete actions" in error("td3_bc", env="cartpole-random")
+    bc = importlib.import_module("bc")
+    bc.train(bc.Args(env=ENV, out=str(tmp_path), device="cpu", steps=20, eval_every=20, eval_episodes=1, final_episodes=1))
+    assert "actor_lr was 0.0003" in error("bc", steps=20, eval_every=20, actor_lr=1e-3, resume=True)
+    assert "more than --steps 10" in error("bc", steps=10, resume=True)
     (tmp_path / "file").write_text("")
-    assert "could not write" in error("bc", "--steps", "10", "--out", str(tmp_path / "file"))
+    assert "could not write" in error("bc", steps=10, out=str(tmp_path / "file"))
     if not torch.cuda.is_available():
-        assert "cuda" in error("bc", quick=["--env", "pendulum-medium", "--device", "cuda"])
+        assert "cuda" in error("bc", device="cuda")
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(minari_root, tmp_path):
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(small_data, tmp_path, capsys):
     """A learning rate of 1e30 blows up after the first step: named, with the step."""
-    stopped = run("bc", tmp_path, "--steps", "300", "--eval-every", "300", "--actor-lr", "1e30", code=2)
-    last = stopped.stderr.strip().splitlines()[-1]
-    assert "cloning_error is" in last and "by step 100" in last
-    assert not (folder("bc", tmp_path) / "checkpoint.pt").exists()
+    bc = importlib.import_module("bc")
+    with pytest.raises(SystemExit) as stop:
+        bc.train(bc.Args(env=ENV, out=str(tmp_path), device="cpu", steps=300, eval_every=300, actor_lr=1e30))
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == 2 and "cloning_error is" in last and "by step 100; nothing was saved yet" in last
+    assert not (run_of("bc", tmp_path) / "checkpoint.pt").exists()
 
 
-def test_the_progress_bar_leaves_out_what_comes_before_the_first_update(tmp_path, capsys):
+def test_the_progress_bar_leaves_out_what_comes_before_the_first_update(tmp_path):
     """A model may be fitted for a quarter of an hour first; counted in, it would make hours out of minutes to go."""
-    args = importlib.import_module("bc").Args(out=str(tmp_path), steps=100)
-    run = common.Run(args, tiny_data())
-    assert run.resume() == 0
+    record = begin(tmp_path, steps=100)
     time.sleep(1.0)
     for step in range(1, 4):
-        run.step(step, {}, None)
-    signal.signal(signal.SIGINT, run.handler)
-    assert run.bar.n == 3 and run.bar.format_dict["elapsed"] < 0.5
-    run.bar.close(), run.writer.close()
+        record.step(step, {})
+    assert record.bar.n == 3 and record.bar.format_dict["elapsed"] < 0.5
+    record.close()
 
 
-def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, capsys, monkeypatch):
+def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, capsys):
     """A real limit on the size of files, so that the write itself fails."""
     import resource
     path = tmp_path / "checkpoint.pt"
@@ -215,14 +267,59 @@ def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, capsys, monkeypatch):
     assert torch.load(path, weights_only=True) == {"step": 1} and list(tmp_path.iterdir()) == [path]
 
 
-def test_a_copied_file_runs_with_nothing_but_common_beside_it(minari_root, tmp_path):
+def test_a_signal_in_the_midst_of_a_write_leaves_nothing_half(tmp_path):
+    """The old file stays, and no part lies beside it."""
+    path = tmp_path / "policy.pt"
+    path.write_text("old")
+
+    def write(part):
+        part.write_text("ne")
+        raise SystemExit(2)
+
+    with pytest.raises(SystemExit):
+        common.write_atomically(path, write)
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+    with pytest.raises(SystemExit) as stop:
+        common.write_atomically(path / "below" / "a file", write)
+    assert stop.value.code == 2
+
+
+def test_what_a_killed_process_left_half_written_is_removed(tmp_path):
+    record = begin(tmp_path, steps=100)
+    record.save(0)
+    record.close()
+    part = record.folder / ".12345.checkpoint.pt"
+    part.write_text("half")
+    again = common.Run(replace(record.args, resume=True), record.data)
+    again.begin(record.learned, record.actor)
+    again.close()
+    assert not part.exists() and again.checkpoint.exists()
+
+
+def test_ctrl_c_while_the_data_are_read(tmp_path, capsys, monkeypatch):
+    def read(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(common, "read_arrays", read)
+    with pytest.raises(SystemExit):
+        common.load_dataset("x.npz")
+    assert capsys.readouterr().err.strip() == "error: stopped while x.npz was read; nothing was written"
+
+
+def test_a_copied_file_runs_with_nothing_but_common_beside_it(small_data, tmp_path):
     """In an empty folder, on a dataset that is built already; one that is not built is refused in one line."""
     for source in (ROOT / "common.py", ROOT / "algorithms" / "td3_bc.py"):
         shutil.copy(source, tmp_path)
-    copy = [sys.executable, "td3_bc.py", *QUICK, "--steps", "20", "--eval-every", "20"]
-    done = subprocess.run(copy, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    copy = [sys.executable, "td3_bc.py", *FEW, "--steps", "20", "--eval-every", "20"]
+    done = subprocess.run(copy, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    copy[copy.index("pendulum-medium")] = "pendulum-expert"
-    done = subprocess.run(copy, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert "score" in done.stdout
+    copy[copy.index(ENV)] = "pendulum-expert"
+    done = subprocess.run(copy, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2 and "not built" in done.stderr and "Traceback" not in done.stderr
     assert {path.name for path in tmp_path.iterdir()} - {"__pycache__"} == {"common.py", "runs", "td3_bc.py"}
+
+
+def test_every_file_explains_its_settings(tmp_path):
+    """--help of a file with values for single datasets, as a user asks for it."""
+    assert "--env" in run("cql", tmp_path, "--help", quick=[]).stdout

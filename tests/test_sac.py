@@ -275,27 +275,3 @@ def test_train_moves_every_part_each_step(monkeypatch):
     assert torch.equal(run.history[0]["critic"], run.history[0]["critic_target"])
     assert not torch.equal(run.history[3]["critic"], run.history[3]["critic_target"])
     assert run.history[0]["log_entropy_coef"] == 0
-
-
-# ---- online
-
-
-def test_interact_stores_what_happened():
-    """Rows chain within an episode; a time limit is no termination; the torque is twice the stored action."""
-    torch.set_default_dtype(torch.float32)
-    data, actor = tiny_data(203, action_dim=1), make(Actor, 3, 1, scale=0.0)
-    actor.net[-1].bias.data[:] = torch.tensor([0.2, -10.0])
-    actor.action_mid, actor.action_half = torch.zeros(1), torch.tensor([2.0])
-    data.size.zero_()
-    steps = sac.interact(Args(random_steps=100), data, actor, 0)
-    for _ in range(203):
-        next(steps)
-    seen = data.columns(data.packed)
-    assert data.size == 203 and not seen.terminated.any()
-    chained = (seen.obs[1:] == seen.next_obs[:-1]).all(1)
-    assert chained.nonzero().flatten().tolist() == [i for i in range(202) if i != 199], "Pendulum's clock stops at 200"
-    angle = torch.atan2(seen.obs[:, 1], seen.obs[:, 0])
-    cost = angle**2 + 0.1 * seen.obs[:, 2] ** 2 + 0.001 * (2 * seen.action[:, 0]) ** 2  # Pendulum's definition
-    assert_close(seen.reward, -cost, 1e-4)
-    assert seen.action[:100].min() < -0.9 and seen.action[:100].max() > 0.9, "uniform at first"
-    assert_close(seen.action[100:], torch.full((103, 1), math.tanh(0.2)), 1e-3)

@@ -246,13 +246,12 @@ def test_train_delays_actor_and_targets(monkeypatch):
 def test_standardisation_round_trip(monkeypatch):
     """In training mean 0 and std / (std + 0.001); the finished actor's input and output are in raw units."""
     data = tiny_data()
-    data.packed[:, 2] = 4.0  # a dimension that never changes must not blow up
-    raw = data.columns(data.packed.clone())
+    data.obs[:, 2] = 4.0  # a dimension that never changes must not blow up
+    raw_obs, raw_next_obs = data.obs.clone(), data.next_obs.clone()
     run = silent_train(monkeypatch, td3_bc, data, steps=2, batch_size=4)
-    seen = data.columns(data.packed)
-    std = raw.obs.std(0, correction=0)
-    assert_close(seen.obs.mean(0), torch.zeros(3))
-    assert_close(seen.obs.std(0, correction=0), std / (std + 1e-3))
-    assert_close(seen.next_obs * (std + 1e-3) + raw.obs.mean(0), raw.next_obs)
-    expected = [[0.5 + (i + 1) * a for i, a in enumerate(slow_action(run.actor, seen.obs[b]))] for b in range(12)]
-    assert_close(run.actor.act(raw.obs), expected)
+    std = raw_obs.std(0, correction=0)
+    assert_close(data.obs.mean(0), torch.zeros(3))
+    assert_close(data.obs.std(0, correction=0), std / (std + 1e-3))
+    assert_close(data.next_obs * (std + 1e-3) + raw_obs.mean(0), raw_next_obs)
+    expected = [[0.5 + (i + 1) * a for i, a in enumerate(slow_action(run.actor, data.obs[b]))] for b in range(12)]
+    assert_close(run.actor.act(raw_obs), expected)

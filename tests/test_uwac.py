@@ -1,6 +1,7 @@
 """UWAC against slow loops, what dropout's variance and the spectral norm are known to be, and BEAR where nothing is dropped."""
 import copy
 import math
+from types import SimpleNamespace
 
 import bear
 import pytest
@@ -50,14 +51,16 @@ def networks():
 
 
 def record_masks(monkeypatch):
-    """Dropout that keeps its masks, of 0 and 1 / (1 − p): for each call (K, rows, units)."""
+    """Dropout that keeps its masks, of 0 and 1 / (1 − p), for each call (K, rows, units). The layers divide by 1 − p."""
     masks = []
 
-    def dropout(x, p):
-        masks.append((torch.rand_like(x) >= p) / (1 - p))
-        return x * masks[-1]
+    def drop_units(x, rate):
+        share = round(256 * rate) / 256
+        kept = (torch.rand(x.shape) >= share).to(x.dtype)
+        masks.append(kept.flatten(1, -2) / (1 - share))
+        return x * kept
 
-    monkeypatch.setattr(F, "dropout", dropout)
+    monkeypatch.setattr(uwac, "drop_units", drop_units)
     return masks
 
 
@@ -121,14 +124,14 @@ def test_the_gradient_knows_the_norm():
     assert_gradient(part, lambda: sum(slow_q(critic, 1, obs[b], action[b].tolist()) for b in range(4)))
 
 
-@pytest.mark.parametrize("rate, bound", [(0.0, 1.0), (0.1, 1 / 0.9**2)])
+@pytest.mark.parametrize("rate, bound", [(0.0, 1.0), (0.1, (256 / 230) ** 2)])
 def test_q_changes_by_no_more_than_its_bound(monkeypatch, rate, bound):
-    """Per unit of (s, a): 1; with p = 0.1 in two hidden layers and the same units dropped, 1.235."""
+    """Per unit of (s, a): 1; with p = 0.1 (26/256) in two hidden layers and the same units dropped, 1.239."""
     critic, masks = converge(make(Critic, 3, 2)), record_masks(monkeypatch)
     x, direction = torch.randn(200, 5), F.normalize(torch.randn(200, 5), dim=1)
     before = critic(x[:, :3], x[:, 3:], rate)
     kept = iter(masks[:2])
-    monkeypatch.setattr(F, "dropout", lambda x, p: x * next(kept))
+    monkeypatch.setattr(uwac, "drop_units", lambda x, rate: x * (next(kept) > 0).view(x.shape))
     x = x + 1e-3 * direction
     slopes = (critic(x[:, :3], x[:, 3:], rate) - before).abs() / 1e-3
     assert 0.05 < slopes.max() <= bound + 1e-9
@@ -155,15 +158,53 @@ def test_dropout_is_always_on_and_without_a_rate_off():
     assert_close(critic(obs, action), [[slow_q(critic, k, obs[b], action[b].tolist()) for b in range(4)] for k in range(2)])
 
 
+@pytest.mark.parametrize("rate, share", [(0.1, 26), (0.5, 128), (0.3, 77)])
+def test_units_are_dropped_independently_with_the_probability_that_results(rate, share):
+    """round(256 p) / 256 in each of the eight bytes of a number; any two units, neighbours in a number or in two, together
+    with the product of their probabilities; what is kept stays as it is. [D2]"""
+    torch.manual_seed(0)
+    x = torch.randn(20_000, 24)  # three numbers a row
+    out = uwac.drop_units(x, rate)
+    dropped = out == 0
+    assert torch.equal(out[~dropped], x[~dropped])
+    p = share / 256
+    assert_close(dropped.double().mean(dim=0), [p] * 24, 5 * math.sqrt(p * (1 - p) / 20_000))
+    assert_close(dropped.double().mean(), p, 5 * math.sqrt(p * (1 - p) / 480_000))
+    correlation = torch.corrcoef(dropped.double().T) - torch.eye(24)
+    assert correlation.abs().max() < 5 / math.sqrt(20_000)
+    again = uwac.drop_units(x, rate) == 0
+    assert abs(torch.corrcoef(torch.stack([dropped.flatten(), again.flatten()]).double())[0, 1]) < 5 / math.sqrt(480_000)
+    rows = torch.corrcoef(torch.stack([dropped[:-1].flatten(), dropped[1:].flatten()]).double())[0, 1]
+    assert abs(rows) < 5 / math.sqrt(480_000)
+
+
+@pytest.mark.parametrize("shape", [(1,), (3, 5), (2, 4, 7)])
+def test_sizes_that_are_no_multiple_of_eight(shape):
+    x = torch.ones(shape)
+    assert uwac.drop_units(x, 0.5).shape == shape and torch.equal(x, torch.ones(shape))
+    assert 0.4 < torch.cat([uwac.drop_units(x, 0.5).flatten() for _ in range(4000)]).mean() < 0.6
+
+
+def test_passes_differ_in_their_units_alone():
+    """T passes at once are T calls: the first hidden layer is shared, dropout is not."""
+    critic, obs, action = converge(make(Critic, 3, 2)), torch.randn(4, 3), torch.randn(4, 2)
+    assert_close(critic.passes(obs, action, 0.0, 3), critic(obs, action).unsqueeze(2).expand(-1, -1, 3))
+    q = critic.passes(obs, action, 0.4, 4000)
+    assert q.shape == (2, 4, 4000) and len(q[0, 0].unique()) > 10
+    single = torch.stack([critic(obs, action, 0.4) for _ in range(4000)], dim=2)
+    assert_close(q.std(dim=2) / single.std(dim=2), torch.ones(2, 4), 0.1)
+    assert ((q.mean(dim=2) - single.mean(dim=2)).abs() < 5 * single.std(dim=2) * math.sqrt(2 / 4000)).all()
+
+
 def test_known_variance_of_one_hidden_layer(monkeypatch):
-    """Var = p / (1 − p) Σ_i (u_i h_i)², with h the activations and u the output's weights: a sum over critics; p = 0.1: 1/9."""
+    """Var = p / (1 − p) Σ_i (u_i h_i)², with h the activations and u the output's weights: a sum over critics; p = 26/256."""
     monkeypatch.setattr(uwac, "HIDDEN", (20,))
     critic, obs, action = converge(make(Critic, 3, 2)), torch.randn(1, 3), torch.randn(1, 1, 2)
     expected = 0.0
     for k in range(2):
         first, last = (layer.weight[k] / torch.linalg.matrix_norm(layer.weight[k], 2) for layer in critic.layers)
         h = (torch.cat([obs[0], action[0, 0]]) @ first + critic.layers[0].bias[k, 0]).relu()
-        expected += ((last[:, 0] * h) ** 2).sum().item() / 9
+        expected += ((last[:, 0] * h) ** 2).sum().item() * 26 / 230
     mean, variance = uwac.mean_and_variance(critic, obs, action, Args(passes=40_000))
     assert_close(variance / expected, [[1.0]], 0.05)
     assert_close(mean, critic(obs, action[:, 0])[:, :, None], 0.01)
@@ -245,8 +286,8 @@ def test_termination_stops_the_bootstrap_and_truncation_does_not():
     actor, batch = make(Actor, 3, 2), tiny_batch(terminated=(1, 1, 1, 1))
     for gamma in (0.5, 0.99):
         assert torch.equal(uwac.td_target(actor, make(Critic, 3, 2), batch, Args(gamma=gamma))[0], batch.reward)
-    y, _ = uwac.td_target(actor, lambda obs, action, dropout_rate: torch.full((2, len(obs)), 7.0),
-                          batch._replace(terminated=torch.zeros(4)), Args(gamma=0.5))
+    seven = SimpleNamespace(passes=lambda obs, action, dropout_rate, num: torch.full((2, len(obs), num), 7.0))
+    y, _ = uwac.td_target(actor, seven, batch._replace(terminated=torch.zeros(4)), Args(gamma=0.5))
     assert_close(y, batch.reward + 3.5)
 
 
@@ -335,7 +376,11 @@ def test_without_dropout_it_is_bear(monkeypatch, warm_up, weighting):
     """p = 0 and plain layers: V = 0, w = 1, and three updates are BEAR's, from the same random numbers."""
     for name in ("HIDDEN", "VAE_HIDDEN"):
         monkeypatch.setattr(bear, name, getattr(uwac, name))
-    plain = type("Plain", (bear.EnsembleLinear,), dict(follow=lambda self: None))
+    def forward(self, x, scale=1.0):
+        assert scale == 1
+        return bear.EnsembleLinear.forward(self, x)
+
+    plain = type("Plain", (bear.EnsembleLinear,), dict(follow=lambda self: None, forward=forward))
     monkeypatch.setattr(uwac, "SpectralLinear", plain)
     data, shared = tiny_data(), dict(batch_size=4, num_samples=3, gamma=0.9, bandwidth=2.0, max_mmd=0.05, target_rate=0.3)
     ours, theirs = networks(), [make(module, 3, 2) for module in (bear.VAE, bear.Actor, bear.Critic)]
@@ -345,9 +390,10 @@ def test_without_dropout_it_is_bear(monkeypatch, warm_up, weighting):
     optimizers, others = sgd(*ours), sgd(*theirs)
     for seed in range(3):
         torch.manual_seed(seed)
-        got = uwac.update(Args(**shared, dropout_rate=0.0, passes=4, weighting=weighting), data, *ours, *optimizers, warm_up)
+        got = uwac.update(Args(**shared, dropout_rate=0.0, passes=4, weighting=weighting), data, *ours, *optimizers,
+                          warm_up=warm_up)
         torch.manual_seed(seed)
-        want = bear.update(bear.Args(**shared), data, *theirs, *others, warm_up)
+        want = bear.update(bear.Args(**shared), data, *theirs, *others, warm_up=warm_up)
         assert got.pop("weight") == 1
         assert_close(torch.stack(list(got.values())), torch.stack([want[name] for name in got]), 1e-12)
         for mine, other in zip(ours[:3], theirs):
@@ -373,7 +419,7 @@ def test_update_is_the_algorithm_box(warm_up):
     optimizers = sgd(*nets)
     for seed in range(2):  # twice, so that no gradient is left over
         torch.manual_seed(seed)
-        metrics = uwac.update(args, data, *nets, *optimizers, warm_up)
+        metrics = uwac.update(args, data, *nets, *optimizers, warm_up=warm_up)
 
         torch.manual_seed(seed)
         for layer in (*actor.critic.layers, *target.layers):
@@ -422,7 +468,7 @@ def test_each_learning_rate_has_its_own_part(monkeypatch, setting, still):
 def test_train_warms_up(monkeypatch):
     """The first updates are without Q for the policy, the others with."""
     seen, real = [], uwac.update
-    monkeypatch.setattr(uwac, "update", lambda *args: seen.append(args[-1]) or real(*args))
+    monkeypatch.setattr(uwac, "update", lambda *args, **parts: seen.append(parts["warm_up"]) or real(*args, **parts))
     silent_train(monkeypatch, uwac, tiny_data(), steps=5, batch_size=4, warm_up_steps=3)
     assert seen == [True, True, True, False, False]
 
@@ -432,7 +478,7 @@ def test_the_multiplier_stays_in_its_bounds(max_mmd, end):
     """MMD above ε: log α rises, until 10; below: it falls, until −5."""
     data, nets = tiny_data(), networks()
     nets[3].data.fill_(end - math.copysign(1e-9, end))
-    uwac.update(Args(batch_size=4, max_mmd=max_mmd), data, *nets, *sgd(*nets), True)
+    uwac.update(Args(batch_size=4, max_mmd=max_mmd), data, *nets, *sgd(*nets), warm_up=True)
     assert nets[3].item() == end
 
 
