@@ -1,91 +1,137 @@
-"""Choose behaviour policies among an online run's snapshots; write them to results/behavior/<body>.npz.
+"""Choose a body's behaviour policies among the snapshots of a training run.
 
-    python results/behavior/choose.py hopper runs/sac-online/hopper/seed0
+    python results/behavior/choose.py hopper runs/behavior/hopper/seed0
 
-Each snapshot plays stochastically, as it will when it collects data, with its weights rounded to the float16 in which they
-are stored. `medium` is the first snapshot whose mean return is within 5% of D4RL v2's, `expert` the one that comes nearest
-to it: so more training can only improve the expert, and leaves the other levels as they were. `medium-replay` mixes
-snapshots evenly spaced over a stretch of training that ends at or before medium: of all stretches, the one whose mixture,
-with the same number of transitions from each snapshot, comes nearest to D4RL v2's mean return. The discrete bodies also have
-`replay`: snapshots evenly spaced over the whole run, each with the ε of its time.
+Writes results/behavior/<body>.npz. The training run is that of train.py. Its policy "reaches
+medium" at the first step at which its last 20 training episodes have D4RL v2's mean return.
+
+- `medium` is the snapshot near that step whose mean return comes nearest to D4RL v2's.
+- `medium-replay` is the replay buffer until that step: the uniform actions of the first steps, then
+  every snapshot with the steps that it stands for.
+- `expert` is the snapshot of the whole run whose mean return comes nearest to D4RL v2's expert.
+- `replay`, of cartpole and acrobot, is the whole run in 25 snapshots, each with the ε of its time,
+  as in REM's paper.
+
+A snapshot plays stochastically here, as it will when it collects data, with its weights rounded to
+the float16 in which they are stored.
 """
+import hashlib
 import json
 import sys
 from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent.parent)]  # lets this file find common.py
+from collect import HERE, behavior_policy
+from common import NAMES, SUITE, evaluate, fail
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent.parent)]  # lets this file find common.py
-from collect import HERE, behavior_policy
-from common import NAMES, SUITE, check, evaluate
-
-TARGET = {  # mean returns of D4RL v2; of the others, ours
-    "hopper": {"medium": 1422.06, "medium-replay": 467.30, "expert": 3511.36},
-    "walker2d": {"medium": 2852.09, "medium-replay": 682.70, "expert": 4920.51},
-    "halfcheetah": {"medium": 4770.33, "medium-replay": 3093.29, "expert": 10656.43},
-    "pendulum": {"medium": -400.0, "medium-replay": -1000.0, "expert": -150.0},
-    "cartpole": {"medium": 200.0, "medium-replay": 60.0, "expert": 500.0},
-    "acrobot": {"medium": -200.0, "medium-replay": -400.0, "expert": -80.0},
+TARGET = {  # mean returns of D4RL v2; of the bodies that D4RL lacks, ours
+    "hopper": {"medium": 1422.06, "expert": 3511.36},
+    "walker2d": {"medium": 2852.09, "expert": 4920.51},
+    "halfcheetah": {"medium": 4770.33, "expert": 10656.43},
+    "pendulum": {"medium": -400.0, "expert": -150.0},
+    "cartpole": {"medium": 200.0, "expert": 500.0},
+    "acrobot": {"medium": -200.0, "expert": -80.0},
 }
-MIXED = 9  # snapshots in medium-replay; with medium and expert the file stays below 2 MB
-REPLAYED = 25  # snapshots in the discrete bodies' replay, whose networks are small
-EPISODES = 40
+EPISODES = 20  # that a candidate plays
+NEAR = 15  # snapshots before and after medium is reached that are candidates for it
+EXPERTS = 40  # candidates for the expert, evenly over the run
+MOST_REPLAYED = 150  # snapshots of medium-replay, so that the file stays small
+REPLAYED = 25  # snapshots of replay
 
 
-def pack(paths: list[Path]) -> dict[str, np.ndarray]:
-    """Networks of sac.py or dqn.py as arrays weight<i> (P, out, in) and bias<i> (P, out), and the ε (P,) of dqn.py's."""
-    saved = [torch.load(path, weights_only=True) for path in paths]
-    networks = {f"{kind}{i}": np.stack([np.float16(one[f"net.{2 * i}.{kind}"]) for one in saved])
-                for i in range(3) for kind in ("weight", "bias")}
-    return networks | ({"epsilon": np.array([float(one["epsilon"]) for one in saved])} if "epsilon" in saved[0] else {})
+def pack(snapshots: list[dict]) -> dict[str, np.ndarray]:
+    """weight<i> (P, out, in) and bias<i> (P, out), float16, of three layers; ε where one is."""
+    packed = {}
+    for i in range(3):
+        for kind in ("weight", "bias"):
+            layers = [np.float16(one[f"{2 * i}.{kind}"].numpy()) for one in snapshots]
+            packed[f"{kind}{i}"] = np.stack(layers)
+    if "epsilon" in snapshots[0]:
+        packed["epsilon"] = np.array([float(one["epsilon"]) for one in snapshots])
+    return packed
 
 
-def choose(returns: np.ndarray, lengths: np.ndarray, target: dict[str, float]) -> dict[str, list[int]]:
-    """Snapshot numbers per level, from each snapshot's mean return and mean episode length."""
-    expert = int(np.abs(returns - target["expert"]).argmin())
-    miss = np.abs(returns / target["medium"] - 1)
-    medium = int((miss < 0.05).argmax() if (miss < 0.05).any() else miss.argmin())
+def step_of_medium(episodes: list[tuple[int, float]], target: float) -> int:
+    """The first step at which the mean of the last 20 training episodes reaches the target."""
+    returns = np.array([value for _, value in episodes])
+    for last in range(20, len(returns) + 1):
+        if returns[last - 20:last].mean() >= target:
+            return episodes[last - 1][0]
+    fail(f"the training run never reached a mean return of {target} over 20 episodes; train longer")
 
-    def mixture(first: int, last: int) -> list[int]:
-        return np.unique(np.linspace(first, last, MIXED).round().astype(int)).tolist()
 
-    def mixture_miss(mixed: list[int]) -> float:
-        episodes = 1 / lengths[mixed]  # equal transitions from each: the shorter, the more episodes
-        return abs((episodes * returns[mixed]).sum() / episodes.sum() - target["medium-replay"])
+def replay_buffer(steps: np.ndarray, reached: int, random_steps: int) -> list[list]:
+    """[snapshot, transitions], in the order of training: the buffer when medium was reached.
 
-    wide = min(MIXED, medium)
-    mixtures = [mixture(first, last) for first in range(medium) for last in range(first + wide, medium + 1)]
-    return {"medium": [medium], "expert": [expert], "medium-replay": min(mixtures, key=mixture_miss)}
+    A snapshot stands for the steps since the snapshot before it that is kept.
+    """
+    until = np.flatnonzero((steps > random_steps) & (steps <= reached))
+    every = int(np.ceil(len(until) / MOST_REPLAYED))
+    kept = until[every - 1::every]
+    chosen, before = [[None, random_steps]], random_steps
+    for i in kept:
+        chosen.append([int(i), int(steps[i] - before)])
+        before = steps[i]
+    return chosen
+
+
+def digest(packed: dict[str, np.ndarray], chosen: list[list]) -> str:
+    """Tells the policies of a level from others."""
+    result = hashlib.blake2b(json.dumps([share for _, share in chosen]).encode(), digest_size=8)
+    numbers = [i for i, _ in chosen if i is not None]
+    for key in sorted(packed):
+        result.update(packed[key][numbers].tobytes())
+    return result.hexdigest()
 
 
 def main(body: str, run: Path) -> None:
-    paths = sorted((run / "snapshots").glob("*.pt"))
-    check(body in TARGET and paths, f"usage: choose.py BODY RUN, a body of {', '.join(TARGET)} and its run with snapshots/")
-    HERE.joinpath(f"{body}.npz").unlink(missing_ok=True)
+    saved = torch.load(run / "checkpoint.pt", weights_only=True)
+    snapshots, target = saved["snapshots"], TARGET[body]
+    steps = np.array([one["step"] for one in snapshots])
     everything = HERE / f".{body}-all.npz"
-    np.savez(everything, **pack(paths))
-    played = []
-    for i in tqdm(range(len(paths)), desc=f"playing {body}'s snapshots"):
-        steps = []
-        returns = evaluate(behavior_policy(everything, body, i, seed=i), SUITE[body][0], EPISODES, 10**8,
-                           record=lambda *step: steps.append(step[0]))
-        played.append((returns.mean(), returns.std(), len(steps) / EPISODES))
+    np.savez(everything, **pack(snapshots))
+
+    def mean_return(i: int) -> float:
+        act = behavior_policy(everything, body, int(i), seed=int(i))
+        return float(evaluate(act, SUITE[body][0], EPISODES, 10**8).mean())
+
+    reached = step_of_medium(saved["episodes"], target["medium"])
+    nearest = int(np.abs(steps - reached).argmin())
+    near = range(max(0, nearest - NEAR), min(len(steps), nearest + NEAR + 1))
+    spread = np.unique(np.linspace(nearest, len(steps) - 1, EXPERTS).round().astype(int))
+    played = {}
+    for i in tqdm(sorted({*near, *spread.tolist()}), desc=f"playing {body}'s snapshots"):
+        played[i] = mean_return(i)
     everything.unlink()
-    means, stds, lengths = np.array(played).T
-    levels = choose(means, lengths, TARGET[body])
+
+    levels = {
+        "medium": [[min(near, key=lambda i: abs(played[i] - target["medium"])), 1]],
+        "expert": [[min(spread.tolist(), key=lambda i: abs(played[i] - target["expert"])), 1]],
+        "medium-replay": replay_buffer(steps, reached, saved["random_steps"]),
+    }
     if f"{body}-replay" in NAMES:
-        levels["replay"] = np.linspace(0, len(paths) - 1, REPLAYED).round().astype(int).tolist()
-    kept = sorted({i for chosen in levels.values() for i in chosen})
-    steps = [int(paths[i].stem) for i in kept]
-    np.savez_compressed(HERE / f"{body}.npz", **pack([paths[i] for i in kept]), steps=steps, returns=means[kept],
-                        levels=json.dumps({level: [kept.index(i) for i in chosen] for level, chosen in levels.items()}))
-    for i, path in enumerate(paths):
-        marks = ", ".join(level for level, chosen in levels.items() if i in chosen)
-        print(f"step {int(path.stem):>9,}   return {means[i]:8.1f} ± {stds[i]:6.1f}   length {lengths[i]:6.1f}   {marks}")
+        whole = np.linspace(0, len(steps) - 1, REPLAYED).round().astype(int)
+        levels["replay"] = [[int(i), 1] for i in whole]
+    kept = sorted({i for chosen in levels.values() for i, _ in chosen if i is not None})
+    packed = pack([snapshots[i] for i in kept])
+    for level, chosen in levels.items():
+        levels[level] = [[None if i is None else kept.index(i), share] for i, share in chosen]
+    digests = {level: digest(packed, chosen) for level, chosen in levels.items()}
+    np.savez_compressed(HERE / f"{body}.npz", **packed, steps=steps[kept], reached=reached,
+                        trained=saved["step"], levels=json.dumps(levels),
+                        digests=json.dumps(digests))
+    print(f"medium is reached after {reached:,} of {saved['step']:,} steps")
+    for level in ("medium", "expert"):
+        i = kept[levels[level][0][0]]
+        print(f"{level:<8} step {steps[i]:>9,}   mean return {played[i]:8.1f}")
 
 
 if __name__ == "__main__":
-    check(len(sys.argv) == 3, "usage: python results/behavior/choose.py BODY RUN, e.g. hopper runs/sac-online/hopper/seed0")
+    if len(sys.argv) != 3 or sys.argv[1] not in TARGET:
+        fail("usage: python results/behavior/choose.py BODY RUN, "
+             "e.g. hopper runs/behavior/hopper/seed0")
     main(sys.argv[1], Path(sys.argv[2]))
