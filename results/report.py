@@ -1,172 +1,292 @@
-"""Rebuild tables and pictures from the committed results: python results/report.py card|table|plots
+"""Rebuild tables and pictures from committed results: report.py card|tables|figures|progress [RUNS]
 
-card   results/datasets.json from the built datasets, results/datasets.png from their returns, and the README's dataset card
-table  the README's results, in the table of files and in that of results, from results/<algorithm>/<env>/seed<k>.json
-plots  results/curves/<dataset>.png from the same files, a panel for each algorithm
+card      results/behavior/datasets.json and figures/datasets.png, from the built datasets
+tables    the tables of results/README.md, from results/scores/ and published.json
+figures   results/figures/scores.png and curves-<dataset>.png, from results/scores/
+progress  a table of the runs under way in a folder (default: runs): steps, speed, time left
 """
 import json
 import re
 import sys
+import time
 from collections import defaultdict
 from pathlib import Path
 
-import matplotlib
-import numpy as np
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]  # lets this file find common.py
+from common import NAMES, SUITE, fail, load_dataset
+from style import CLONE, DATA, ESTIMATE, POLICY, plt
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+import numpy as np
 from minari.storage import get_dataset_path
 
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]  # lets this file find common.py
-from common import NAMES, SUITE, check, load_dataset
-
 HERE = Path(__file__).resolve().parent
-README = HERE.parent / "README.md"
-D4RL_V2 = {  # mean returns of D4RL's v2 datasets, over complete episodes
-    "halfcheetah-random": -288.80, "halfcheetah-medium": 4770.33, "halfcheetah-medium-replay": 3093.29,
-    "halfcheetah-medium-expert": 7713.38, "halfcheetah-expert": 10656.43, "hopper-random": 18.40, "hopper-medium": 1422.06,
-    "hopper-medium-replay": 467.30, "hopper-medium-expert": 2089.88, "hopper-expert": 3511.36, "walker2d-random": 1.87,
-    "walker2d-medium": 2852.09, "walker2d-medium-replay": 682.70, "walker2d-medium-expert": 3796.57, "walker2d-expert": 4920.51,
+FIGURES = HERE / "figures"
+CARD = HERE / "behavior" / "datasets.json"
+D4RL_V2 = {  # mean, standard deviation and maximum of the returns of D4RL's v2 datasets
+    "halfcheetah-random": (-288.80, 80.43, -85.36),
+    "halfcheetah-medium": (4770.33, 355.75, 5309.38),
+    "halfcheetah-medium-replay": (3093.29, 1680.69, 4985.14),
+    "halfcheetah-medium-expert": (7713.38, None, None),
+    "halfcheetah-expert": (10656.43, 441.68, 11252.04),
+    "hopper-random": (18.40, 17.45, 292.55),
+    "hopper-medium": (1422.06, 378.95, 3222.36),
+    "hopper-medium-replay": (467.30, 511.03, 3192.93),
+    "hopper-medium-expert": (2089.88, None, None),
+    "hopper-expert": (3511.36, 328.59, 3759.08),
+    "walker2d-random": (1.87, 5.81, 75.03),
+    "walker2d-medium": (2852.09, 1095.44, 4226.94),
+    "walker2d-medium-replay": (682.70, 895.96, 4132.00),
+    "walker2d-medium-expert": (3796.57, None, None),
+    "walker2d-expert": (4920.51, 136.39, 5011.69),
 }
-PUBLISHED = {  # (algorithm, dataset): score, where from; 1M updates unless it says otherwise
-    **{("bc", env): f"{score} (v2, in IQL's table)" for env, score in {
-        "hopper-medium": 52.9, "hopper-medium-replay": 18.1, "walker2d-medium": 75.3, "walker2d-medium-replay": 26.0,
-        "halfcheetah-medium": 42.6, "halfcheetah-medium-replay": 36.6}.items()},
-    **{(name, f"hopper-{level}"): f"{score} ({source})" for name, source, scores in (
-        ("td3_bc", "v2, paper App. C.3", (59.3, 60.9)), ("sac", "v0, D4RL paper", (0.8, 3.5)),
-        ("iql", "v2, paper", (66.3, 94.7)), ("cql", "v2, rerun in EDAC's paper", (61.9, 86.3)),
-        ("awac", "v2, rerun by IQL's authors", (57.0, 37.2)),
-        ("crr", "v0, d3rlpy, binary", (26.1, 13.3)), ("awr", "v0, D4RL paper", (35.9, 28.4)),
-        ("bcq", "v0, d3rlpy", (52.5, 16.1)), ("plas", "v0, d3rlpy", (58.1, 17.5)), ("bear", "v0, D4RL paper", (52.1, 33.7)),
-        ("brac-p", "v0, D4RL paper", (32.7, 0.6)), ("rebrac", "v2, paper", (102.0, 98.1)),
-        ("edac", "v2, paper, N = 50", (101.6, 101.0)), ("edac-sac-n", "v2, paper, N = 500, 200", (100.3, 101.8)),
-        ("mopo", "v0, paper", (28.0, 67.5)), ("morel", "v0, paper", (95.4, 93.6)),
-        ("combo", "v2, OfflineRL-Kit", (84.7, 90.1)), ("decision_transformer", "v2, paper", (67.6, 82.7)))
-       for level, score in zip(("medium", "medium-replay"), scores)},
-    ("mopo", "halfcheetah-medium-replay"): "53.1 (v0, paper)", ("morel", "halfcheetah-medium-replay"): "40.2 (v0, paper)",
-    ("combo", "halfcheetah-medium-replay"): "66.5 (v2, OfflineRL-Kit)", ("algae_dice", "hopper-medium"): "1.2 (v0, D4RL paper)",
-}
+MOST_PANELS = 8
 
 
-def write_readme(section: str, lines: list[str]) -> None:
-    """Replace what stands between <!-- section --> and <!-- /section -->."""
-    text, block = README.read_text(), "\n".join(lines)
+def write_section(section: str, lines: list[str]) -> None:
+    """Replaces what stands between <!-- section --> and <!-- /section --> in README.md."""
+    path = HERE / "README.md"
+    text = path.read_text()
     pattern = rf"(<!-- {section} -->\n).*?(<!-- /{section} -->)"
-    check(re.search(pattern, text, re.S), f"README.md has no section <!-- {section} -->")
-    README.write_text(re.sub(pattern, lambda match: f"{match[1]}{block}\n{match[2]}", text, flags=re.S))
+    if not re.search(pattern, text, re.S):
+        fail(f"{path} has no section <!-- {section} -->")
+    block = "\n".join(lines)
+    new = re.sub(pattern, lambda match: f"{match[1]}{block}\n{match[2]}", text, flags=re.S)
+    path.write_text(new)
+
+
+# ---- the datasets
+
+
+def describe_dataset(name: str) -> dict | None:
+    """What a built dataset really is, beside D4RL's figures; None where it is absent."""
+    body, _, level = name.partition("-")
+    levels = ("medium", "expert") if level == "medium-expert" else (level,)
+    folders = [get_dataset_path(f"local/{body}/{part}-v0") for part in levels]
+    if not all(folder.exists() for folder in folders):
+        return None
+    data = load_dataset(name, "cpu", discrete=None)
+    returns = data.returns()
+    np.save(FIGURES / f".{name}.npy", returns)  # for the histogram; not committed
+    seconds = sum(int((folder / "build_seconds").read_text()) for folder in folders)
+    return {
+        "name": name, "fingerprint": data.describe()["fingerprint"], "transitions": data.size,
+        "episodes": len(returns), "return_mean": round(float(returns.mean()), 2),
+        "return_std": round(float(returns.std()), 2), "return_max": round(float(returns.max()), 2),
+        "score": round(data.score(returns), 2), "d4rl_v2": D4RL_V2.get(name),
+        "build_seconds": seconds,
+    }
 
 
 def card() -> None:
-    rows, samples = [], {}
+    FIGURES.mkdir(exist_ok=True)
+    rows = {row["name"]: row for row in json.loads(CARD.read_text())} if CARD.exists() else {}
     for name in sorted(NAMES, key=lambda name: list(SUITE).index(name.split("-")[0])):
-        body, level = name.split("-", 1)
-        parts = ("medium", "expert") if level == "medium-expert" else (level,)
-        folders = [get_dataset_path(f"local/{body}/{part}-v0") for part in parts]
-        if not all(folder.exists() for folder in folders):
-            continue
-        data = load_dataset(name, "cpu", discrete=f"{body}-replay" in NAMES)
-        returns, score = data.returns(), data.score
-        samples[name] = returns
-        rows.append(dict(
-            name=name, transitions=len(data.packed), episodes=len(returns), return_mean=round(float(returns.mean()), 2),
-            return_std=round(float(returns.std()), 2), score=round(score(returns), 2), d4rl_v2_return_mean=D4RL_V2.get(name),
-            d4rl_v2_score=round(score(D4RL_V2[name]), 2) if name in D4RL_V2 else None,
-            build_seconds=sum(int((folder / "build_seconds").read_text()) for folder in folders)))
-        print(rows[-1])
-    (HERE / "datasets.json").write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
-    lines = ["| dataset | transitions | episodes | return | score | D4RL v2: return | score | built in |",
-             "|---|---:|---:|---:|---:|---:|---:|---:|"]
+        if row := describe_dataset(name):
+            rows[name] = row
+            print(row)
+    ordered = [rows[name] for name in sorted(rows, key=NAMES.index)]
+    CARD.write_text("[\n" + ",\n".join(map(json.dumps, ordered)) + "\n]\n")
+    write_section("card", card_table(ordered))
+    draw_datasets()
+
+
+def card_table(rows: list[dict]) -> list[str]:
+    lines = ["| dataset | transitions | episodes | return: mean ± std, maximum | score | "
+             "D4RL v2: mean ± std, maximum | score |", "|---|---:|---:|---:|---:|---:|---:|"]
     for row in rows:
-        known = row["d4rl_v2_score"] is not None
-        d4rl = [f"{row['d4rl_v2_return_mean']:.0f}", f"{row['d4rl_v2_score']:.1f}"] if known else ["–", "–"]
-        lines.append(f"| {row['name']} | {row['transitions']:,} | {row['episodes']:,} | {row['return_mean']:.0f} ± "
-                     f"{row['return_std']:.0f} | {row['score']:.1f} | {d4rl[0]} | {d4rl[1]} | {row['build_seconds']} s |")
-    write_readme("datasets", lines)
-    bodies = list(dict.fromkeys(name.split("-")[0] for name in samples))
-    figure, axes = plt.subplots(len(bodies), 1, figsize=(8, 2.6 * len(bodies)), squeeze=False)
-    for body, axis in zip(bodies, axes[:, 0]):
-        bins = np.histogram_bin_edges(np.concatenate([r for n, r in samples.items() if n.startswith(body)]), 60)
-        for level, color in dict(random="tab:gray", replay="tab:purple", medium="tab:green", expert="tab:red",
-                                 **{"medium-replay": "tab:orange", "medium-expert": "black"}).items():
-            if (returns := samples.get(f"{body}-{level}")) is not None:
-                share, shape = np.full(len(returns), 100 / len(returns)), "step" if level == "medium-expert" else "stepfilled"
-                axis.hist(returns, bins, weights=share, histtype=shape, alpha=0.45, color=color, label=level)
-        axis.set(title=body, xlabel="episode return", ylabel="% of episodes", yscale="symlog")
-        axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
-    figure.tight_layout()
-    figure.savefig(HERE / "datasets.png", dpi=110)
+        ours = f"{row['return_mean']:.0f} ± {row['return_std']:.0f}"
+        if "return_max" in row:
+            ours += f", {row['return_max']:.0f}"
+        theirs = ["–", "–"]
+        if row["d4rl_v2"]:
+            mean, std, most = row["d4rl_v2"]
+            _, low, high = SUITE[row["name"].split("-")[0]]
+            spread = f" ± {std:.0f}, {most:.0f}" if std else ""
+            theirs = [f"{mean:.0f}{spread}", f"{100 * (mean - low) / (high - low):.1f}"]
+        lines.append(f"| {row['name']} | {row['transitions']:,} | {row['episodes']:,} | {ours} | "
+                     f"{row['score']:.1f} | {theirs[0]} | {theirs[1]} |")
+    return lines
 
 
-def committed() -> dict[tuple[str, str], list[dict]]:
-    """Results by (env, algorithm), one per seed."""
-    results = defaultdict(list)
-    for path in sorted(HERE.glob("*/*/seed*.json")):
+def draw_datasets() -> None:
+    """figures/datasets.png: the returns of the MuJoCo bodies' medium-replay, medium and expert."""
+    bodies = ("hopper", "walker2d", "halfcheetah")
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6))
+    shown = (("medium-replay", DATA), ("medium", POLICY), ("expert", ESTIMATE))
+    for body, axis in zip(bodies, axes):
+        for level, color in shown:
+            path = FIGURES / f".{body}-{level}.npy"
+            if path.exists():
+                returns = np.load(path)
+                share = np.full(len(returns), 100 / len(returns))
+                axis.hist(returns, 40, weights=share, color=color, alpha=0.6, label=level)
+        axis.set(title=body, xlabel="return of an episode")
+    axes[0].set_ylabel("% of episodes")
+    axes[0].legend()
+    figure.savefig(FIGURES / "datasets.png")
+
+
+# ---- the results
+
+
+def committed() -> dict[str, dict[str, list[dict]]]:
+    """{dataset: {algorithm: [result of each seed]}}."""
+    results = defaultdict(lambda: defaultdict(list))
+    for path in sorted((HERE / "scores").glob("*/*/seed*.json")):
         result = json.loads(path.read_text())
-        results[result["env"], result["algorithm"]].append(result)
+        results[result["env"]][result["algorithm"]].append(result)
     return results
 
 
-def table() -> None:
+def mean_and_std(runs: list[dict]) -> str:
+    scores = [run["score"] for run in runs]
+    spread = f" ± {np.std(scores):.0f}" if len(scores) > 1 else ""
+    return f"{np.mean(scores):.1f}{spread}"
+
+
+def fingerprints() -> dict[str, str]:
+    """Of the datasets that `make data` builds, as far as the card knows them."""
+    rows = json.loads(CARD.read_text())
+    return {row["name"]: row["fingerprint"] for row in rows if "fingerprint" in row}
+
+
+def tables() -> None:
     results = committed()
-    lines = ["| dataset | algorithm | updates | seeds × episodes | score | the data | published | updates/s, 1 thread |",
-             "|---|---|---:|---:|---:|---:|---|---:|"]
-    scores = {row["name"]: row["score"] for row in json.loads((HERE / "datasets.json").read_text())}
-    for (env, algorithm), runs in sorted(results.items()):
-        finals = [run["score"] for run in runs]
-        spread = f" ± {np.std(finals):.1f}" if len(finals) > 1 else ""
-        lines.append(
-            f"| {env} | {algorithm} | {runs[0]['steps']:,} | {len(runs)} × {len(runs[0]['final_returns'])} | "
-            f"{np.mean(finals):.1f}{spread} | {scores.get(env, float('nan')):.1f} | {PUBLISHED.get((algorithm, env), '–')} | "
-            f"{np.mean([run['updates_per_second'] for run in runs]):.0f} |")
-    write_readme("results", lines)
-    print("\n".join(lines))
-    means = {key: f"{np.mean([run['score'] for run in runs]):.0f}" for key, runs in results.items()}
-
-    def with_scores(row: re.Match) -> str:
-        """The last cell of a file's row: its scores on the datasets that its column names, or else on another."""
-        hopper, other = ([means.get((env, row[2]), means.get((env, row[2] + "-p"), "–")) for env in envs]
-                         for envs in (("hopper-medium", "hopper-medium-replay"), ("cartpole-replay",)))
-        return f"{row[1]} {' / '.join(hopper) if other == ['–'] else f'{other[0]} on cartpole-replay'} |"
-
-    README.write_text(re.sub(r"^(\|.*\]\(algorithms/(\w+)\.py\).*\|)[^|]*\|$", with_scores, README.read_text(), flags=re.M))
+    published = json.loads((HERE / "published.json").read_text())
+    for table in ("uwac_table", "combo_table"):
+        write_section(table, notes_table(results, published[table]))
+    write_section("results", result_table(results, published["other"]))
 
 
-def plots() -> None:
-    """results/curves/<dataset>.png: for each algorithm its scores, the clone's and the data's behind them, and its mean Q."""
+def notes_table(results: dict, table: dict) -> list[str]:
+    """One of the notes' tables: our score ± std over seeds, and the printed one in brackets."""
+    columns = table["columns"]
+    lines = ["| dataset | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
+    for env, printed in table["scores"].items():
+        cells = []
+        for algorithm in columns:
+            runs = results.get(env, {}).get(algorithm)
+            ours = f"**{mean_and_std(runs)}** " if runs else ""
+            theirs = f"({printed[algorithm]})" if algorithm in printed else ""
+            cells.append(ours + theirs)
+        lines.append(f"| {env} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def result_table(results: dict, published: dict) -> list[str]:
+    lines = ["| dataset | algorithm | updates | seeds | score | the data | published | "
+             "updates/s | data |", "|---|---|---:|---:|---:|---:|---|---:|---|"]
+    scores = {row["name"]: row["score"] for row in json.loads(CARD.read_text())}
+    current = fingerprints()
+    for env in sorted(results, key=NAMES.index):
+        for algorithm, runs in sorted(results[env].items()):
+            speed = np.mean([run["updates_per_second"] for run in runs])
+            prints = {run["dataset"]["fingerprint"] for run in runs}
+            data = "current" if prints == {current.get(env)} else "earlier"
+            lines.append(
+                f"| {env} | {algorithm} | {runs[0]['steps']:,} | {len(runs)} | {mean_and_std(runs)}"
+                f" | {scores.get(env, np.nan):.1f} | {published.get(env, {}).get(algorithm, '–')}"
+                f" | {speed:.0f} | {data} |")
+    return lines
+
+
+def figures() -> None:
+    FIGURES.mkdir(exist_ok=True)
     results = committed()
-    for env in sorted({env for env, algorithm in results if algorithm != "bc"}):  # a clone alone is in the table
-        runs_of = {algorithm: runs for (other, algorithm), runs in sorted(results.items()) if other == env}
-        mean, (low, high) = next(iter(runs_of.values()))[0]["dataset"]["return_mean"], SUITE[env.split("-")[0]][1:]
-        columns, scores = min(4, len(runs_of)), [p["score"] for runs in runs_of.values() for run in runs for p in run["curve"]]
-        figure = plt.figure(figsize=(3.6 * columns, 4 * -(-len(runs_of) // columns)), layout="constrained")
-        boxes = figure.subfigures(-(-len(runs_of) // columns), columns, squeeze=False).flat
-        for box, (algorithm, runs) in zip(boxes, runs_of.items()):
-            top, bottom = box.subplots(2, 1, sharex=True, height_ratios=(2, 1))
-            for other, color, width in (("bc", "tab:gray", 0.8), (algorithm, "tab:blue", 1.5)):
-                for run in runs_of.get(other, []):
-                    top.plot([point["step"] for point in run["curve"]], [point["score"] for point in run["curve"]], color=color,
-                             linewidth=width)
-                    top.plot(run["steps"], run["score"], "o", color=color, markersize=5 if other == algorithm else 3)
-            beliefs = [[(point["step"], point["metrics"][key]) for point in run["curve"] if key in point["metrics"]]
-                       for key in ("q_policy", "q_data") for run in runs]
-            for points, style in zip(beliefs, ["-"] * len(runs) + [":"] * len(runs)):
-                bottom.plot(*zip(*points), style, color="tab:red", linewidth=1) if points else None
-            top.axhline(100 * (mean - low) / (high - low), color="black", linewidth=0.8, linestyle="--")
-            top.set(title=algorithm, ylabel="score", ylim=(min(scores) - 3, max(scores) + 3))
-            positive = all(q > 0 for points in beliefs for _, q in points)
-            bottom.set(xlabel="updates", ylabel="mean Q", yscale="log" if positive else "symlog")
-            bottom.yaxis.get_major_locator().set_params(numticks=4)
-            bottom.locator_params(axis="x", nbins=4)
-            bottom.set_visible(any(beliefs))
-            top.tick_params(labelbottom=not any(beliefs))
-        figure.suptitle(f"{env}: each seed's evaluations in training and final score (dot), BC's in grey, the data's dashed; "
-                        "below, mean Q of the policy's actions, and dotted of the data's", fontsize=9)
-        (HERE / "curves").mkdir(exist_ok=True)
-        figure.savefig(HERE / "curves" / f"{env}.png", dpi=80)
-        plt.close(figure)
+    draw_scores(results, [env for env in ("hopper-medium-replay", "hopper-medium")
+                          if env in results])
+    for env in results:
+        runs_of = {name: runs for name, runs in results[env].items() if name != "bc"}
+        best = sorted(runs_of, key=lambda name: -np.mean([run["score"] for run in runs_of[name]]))
+        if best:
+            draw_curves(env, results[env], best[:MOST_PANELS])
+
+
+def draw_scores(results: dict, datasets: list[str]) -> None:
+    """figures/scores.png: a dot for each algorithm and seed; lines for the data and a clone."""
+    figure, axes = plt.subplots(1, len(datasets), figsize=(6 * len(datasets), 7.5), squeeze=False)
+    data_scores = {row["name"]: row["score"] for row in json.loads(CARD.read_text())}
+    for env, axis in zip(datasets, axes[0]):
+        runs_of = results[env]
+        order = sorted(runs_of, key=lambda name: np.mean([run["score"] for run in runs_of[name]]))
+        for row, name in enumerate(order):
+            color = CLONE if name == "bc" else POLICY
+            for run in runs_of[name]:
+                axis.plot(run["score"], row, "o", color=color, markersize=8, alpha=0.8)
+        axis.axvline(data_scores[env], color=DATA, linestyle="--")
+        axis.text(data_scores[env], len(order) - 0.3, "the data ", color=DATA, ha="right")
+        if "bc" in runs_of:
+            clone = np.mean([run["score"] for run in runs_of["bc"]])
+            axis.axvline(clone, color=CLONE, linestyle="--")
+            axis.text(clone, len(order) - 0.3, " a clone", color=CLONE)
+        axis.set_yticks(range(len(order)), order)
+        axis.set(title=env, xlabel="score of the final policy, 100 episodes",
+                 ylim=(-0.8, len(order) + 0.5))
+        axis.grid(axis="y", color="#eeeeee")
+    figure.savefig(FIGURES / "scores.png")
+    plt.close(figure)
+
+
+def draw_curves(env: str, runs_of: dict, names: list[str]) -> None:
+    """figures/curves-<dataset>.png: evaluations in training, at most eight methods, best first."""
+    columns = min(4, len(names))
+    rows = -(-len(names) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(3.2 * columns, 2.8 * rows + 0.5),
+                                sharey=True, squeeze=False)
+    _, low, high = SUITE[env.split("-")[0]]
+    mean = next(iter(runs_of.values()))[0]["dataset"]["return_mean"]
+    for axis, name in zip(axes.flat, names):
+        for other, color in (("bc", CLONE), (name, POLICY)):
+            for run in runs_of.get(other, []):
+                steps = [point["step"] / 1000 for point in run["curve"]]
+                axis.plot(steps, [point["score"] for point in run["curve"]], color=color)
+                axis.plot(run["steps"] / 1000, run["score"], "o", color=color)
+        axis.axhline(100 * (mean - low) / (high - low), color=DATA, linestyle="--")
+        axis.set(title=name, xlabel="thousand updates")
+    for axis in list(axes.flat)[len(names):]:
+        axis.set_visible(False)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("score")
+    figure.suptitle(f"{env}: the method blue, a clone light blue, the data grey")
+    figure.savefig(FIGURES / f"curves-{env}.png", dpi=80)
+    plt.close(figure)
+
+
+# ---- runs under way
+
+
+def progress(folder: Path) -> None:
+    """What the checkpoints' folders tell: last evaluation, whether finished, minutes since."""
+    print(f"{'run':<52}{'step':>12}{'of':>12}{'last score':>12}{'updates/s':>11}{'hours left':>12}")
+    import torch
+    for settings_file in sorted(folder.glob("*/*/seed*/settings.json")):
+        settings = json.loads(settings_file.read_text())
+        run = settings_file.parent
+        checkpoint = run / "checkpoint.pt"
+        name = str(run.relative_to(folder))
+        if (run / "result.json").exists():
+            result = json.loads((run / "result.json").read_text())
+            print(f"{name:<52}{result['steps']:>12,}{result['steps']:>12,}"
+                  f"{result['score'] or 0:>12.1f}{result['updates_per_second']:>11.1f}"
+                  f"{'finished':>12}")
+        elif checkpoint.exists():
+            saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
+            speed = saved["step"] / max(saved["seconds"], 1e-9)
+            scores = [point["score"] for point in saved["curve"] if point["score"] is not None]
+            last = f"{scores[-1]:.1f}" if scores else "–"
+            left = (settings["steps"] - saved["step"]) / max(speed, 1e-9) / 3600
+            silent = (time.time() - checkpoint.stat().st_mtime) / 60
+            print(f"{name:<52}{saved['step']:>12,}{settings['steps']:>12,}{last:>12}{speed:>11.1f}"
+                  f"{left:>12.1f}   checkpoint {silent:.0f} minutes ago")
+        else:
+            print(f"{name:<52}{0:>12,}{settings['steps']:>12,}{'no checkpoint yet':>35}")
 
 
 if __name__ == "__main__":
-    commands = {"card": card, "table": table, "plots": plots}
-    check(len(sys.argv) == 2 and sys.argv[1] in commands, __doc__.splitlines()[0])
-    commands[sys.argv[1]]()
+    commands = {"card": card, "tables": tables, "figures": figures}
+    if len(sys.argv) > 1 and sys.argv[1] == "progress":
+        progress(Path(sys.argv[2] if len(sys.argv) > 2 else "runs"))
+    elif len(sys.argv) == 2 and sys.argv[1] in commands:
+        commands[sys.argv[1]]()
+    else:
+        fail(__doc__.splitlines()[0])

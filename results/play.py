@@ -1,0 +1,133 @@
+"""Play, score and film saved policies, without a screen.
+
+    python results/play.py runs/td3_bc/hopper-medium/seed0 --episodes 20
+    python results/play.py runs/td3_bc/hopper-medium/seed0 --video hopper.mp4
+    python results/play.py runs/bc/hopper-medium/seed0 runs/td3_bc/hopper-medium/seed0 \\
+        --video both.gif --labels clone TD3+BC
+
+A GIF needs nothing more; an .mp4 needs `pip install imageio-ffmpeg`. MuJoCo draws without a screen
+where EGL is installed (on Debian: apt install libegl1).
+"""
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("MUJOCO_GL", "egl")  # before mujoco is loaded: draw without a screen
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]  # lets this file find common.py
+from common import SUITE, encode_obs, env_id, evaluate, fail, load_policy
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium import spaces
+from PIL import Image, ImageDraw
+
+WIDTH, HEIGHT = 320, 240  # pixels of one policy's picture
+FRAMES_PER_SECOND = 25
+
+
+def env_of(run: Path) -> str:
+    """The specification of the environment that a saved policy belongs to."""
+    path = run / "policy.pt" if run.is_dir() else run
+    if not path.exists():
+        fail(f"there is no {path}")
+    env_spec = torch.load(path, map_location="cpu", weights_only=True)["env_spec"]
+    if env_spec is None:
+        fail(f"{path} belongs to no environment, so there is nothing to play")
+    return env_spec
+
+
+def film(act, env_spec: str, seed: int, most_steps: int) -> list[Image.Image]:
+    """One episode as pictures, every few steps one."""
+    spec = gym.envs.registration.EnvSpec.from_json(env_spec)
+    sized = {"width": WIDTH, "height": HEIGHT} if "mujoco" in str(spec.entry_point) else {}
+    try:
+        env = gym.make(spec, render_mode="rgb_array", disable_env_checker=True, **sized)
+        obs, _ = env.reset(seed=seed)
+        env.render()
+    except Exception as error:
+        fail(f"{spec.id} can't be drawn here ({type(error).__name__}: {error}); MuJoCo needs EGL "
+             "(apt install libegl1), classic control pip install pygame")
+    every = max(1, round(env.metadata.get("render_fps", 30) / FRAMES_PER_SECOND))
+    discrete = isinstance(env.action_space, spaces.Discrete)
+    if hasattr(act, "start"):
+        act.start(1)
+    pictures, total = [], 0.0
+    for step in range(most_steps):
+        if step % every == 0:
+            picture = Image.fromarray(np.asarray(env.render())).resize((WIDTH, HEIGHT))
+            ImageDraw.Draw(picture).text((8, 24), f"return {total:,.0f}", fill="black")
+            pictures.append(picture)
+        row = torch.as_tensor(encode_obs(env.observation_space, obs))[None]
+        action = act(row)[0].numpy()
+        own = int(action) if discrete else action.reshape(env.action_space.shape)
+        obs, reward, terminated, truncated, _ = env.step(own)
+        total += float(reward)
+        if hasattr(act, "record"):
+            act.record(0, float(reward))
+        if terminated or truncated:
+            break
+    env.close()
+    return pictures
+
+
+def side_by_side(films: list[list[Image.Image]], labels: list[str]) -> list[Image.Image]:
+    """One film of several; one that ends before the others stays at its last picture."""
+    frames = []
+    for i in range(max(map(len, films))):
+        frame = Image.new("RGB", (WIDTH * len(films), HEIGHT))
+        for column, (pictures, label) in enumerate(zip(films, labels)):
+            picture = pictures[min(i, len(pictures) - 1)].copy()
+            ImageDraw.Draw(picture).text((8, 8), label, fill="black")
+            frame.paste(picture, (WIDTH * column, 0))
+        frames.append(frame)
+    return frames
+
+
+def save(frames: list[Image.Image], path: Path) -> None:
+    if path.suffix.lower() == ".gif":
+        small = [frame.quantize(64, dither=Image.Dither.NONE) for frame in frames]
+        small[0].save(path, save_all=True, append_images=small[1:], loop=0, optimize=True,
+                      duration=round(1000 / FRAMES_PER_SECOND))
+        return
+    try:
+        import imageio.v2
+        imageio.v2.mimsave(path, [np.asarray(frame) for frame in frames], fps=FRAMES_PER_SECOND)
+    except Exception as error:
+        fail(f"{path} can't be written ({error}); .mp4 needs pip install imageio-ffmpeg, "
+             "a .gif needs nothing")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("runs", type=Path, nargs="+", help="folders of runs, or policy.pt files")
+    parser.add_argument("--episodes", type=int, default=20, help="to score")
+    parser.add_argument("--seed", type=int, default=0, help="of the first episode")
+    parser.add_argument("--video", type=Path, help="film the first episode: a .gif or .mp4 file")
+    parser.add_argument("--labels", nargs="+", help="names in the film, one for each run")
+    parser.add_argument("--most-steps", type=int, default=1000, help="of the film")
+    options = parser.parse_args()
+    labels = options.labels or [str(run) for run in options.runs]
+    ranges = {entry[0]: entry[1:] for entry in SUITE.values()}
+    films = []
+    for run in options.runs:
+        env_spec = env_of(run)
+        act = load_policy(run)
+        returns = evaluate(act, env_spec, options.episodes, options.seed,
+                           max_steps=json.loads(env_spec).get("max_episode_steps") or 1000)
+        low, high = ranges.get(env_id(env_spec), (np.nan, np.nan))
+        score = 100 * (returns.mean() - low) / (high - low)
+        shown = "" if np.isnan(score) else f"   score {score:.1f}"
+        print(f"{run}: return {returns.mean():.1f} ± {returns.std():.1f} over "
+              f"{len(returns)} episodes{shown}")
+        if options.video:
+            films.append(film(act, env_spec, options.seed, options.most_steps))
+    if options.video:
+        save(side_by_side(films, labels), options.video)
+        print(f"film: {options.video}")
+
+
+if __name__ == "__main__":
+    main()

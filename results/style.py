@@ -1,0 +1,31 @@
+"""One palette and one type size for every picture of the repository.
+
+The same colour means the same thing everywhere: the data grey, a clone light blue, the true value
+black, an estimate red, the learned policy blue, a second method orange.
+"""
+import matplotlib
+
+matplotlib.use("Agg")  # draws into files; needs no screen
+import matplotlib.pyplot as plt
+
+DATA = "#8c8c8c"
+CLONE = "#7fc4e8"
+TRUTH = "#000000"
+ESTIMATE = "#d62728"
+POLICY = "#1f5fbf"
+SECOND = "#f08a24"
+
+plt.rcParams.update({
+    "font.size": 12,
+    "axes.titlesize": 13,
+    "axes.labelsize": 12,
+    "xtick.labelsize": 11,
+    "ytick.labelsize": 11,
+    "legend.fontsize": 11,
+    "legend.frameon": False,
+    "lines.linewidth": 2,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "savefig.dpi": 100,
+    "figure.constrained_layout.use": True,
+})
