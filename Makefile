@@ -14,7 +14,7 @@ BEHAVIOR_cartpole := --steps 50000 --random-steps 500 --batch-size 128 --snapsho
 BEHAVIOR_acrobot := $(BEHAVIOR_cartpole)
 ONE_THREAD := OMP_NUM_THREADS=1
 
-.PHONY: setup demo test test-learning test-runs test-losses test-lessons lint data behavior \
+.PHONY: setup demo test test-long test-learning test-runs test-losses test-lessons lint data behavior \
     results tables lessons bench
 
 setup: .venv/installed
@@ -47,6 +47,9 @@ test-lessons:
 test-losses:
 	@$(TEST) tests --ignore tests/test_learning.py --ignore tests/test_runs.py \
 	    --ignore tests/test_data.py --ignore tests/test_cases.py --ignore tests/test_lessons.py
+
+test-long: setup  ## the learning tests that take minutes each
+	LONG_TESTS=1 $(TEST) tests/test_learning.py
 
 lint: setup
 	.venv/bin/ruff check .

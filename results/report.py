@@ -103,7 +103,8 @@ def card_table(rows: list[dict]) -> list[str]:
             _, low, high = SUITE[row["name"].split("-")[0]]
             spread = f" ± {std:.0f}, {most:.0f}" if std else ""
             theirs = [f"{mean:.0f}{spread}", f"{100 * (mean - low) / (high - low):.1f}"]
-        lines.append(f"| {row['name']} | {row['transitions']:,} | {row['episodes']:,} | {ours} | "
+        name = row["name"] + (" *" if "earlier" in row else "")
+        lines.append(f"| {name} | {row['transitions']:,} | {row['episodes']:,} | {ours} | "
                      f"{row['score']:.1f} | {theirs[0]} | {theirs[1]} |")
     return lines
 

@@ -75,6 +75,7 @@ def plain_data(obs, action, next_obs, reward, env_id="Pendulum-v1"):
     data.terminated.zero_()
     data.obs_shape, data.obs_dim = obs.shape[1:], obs.shape[1]
     data.env_spec = gym.spec(env_id).to_json()
+    data.recorded_env = env_id
     return data
 
 
@@ -420,7 +421,7 @@ def test_rules_of_bodies_that_never_fall(env_id):
 @pytest.mark.parametrize("module", ALL)
 def test_a_body_without_a_rule_is_refused_in_one_line(module, monkeypatch, capsys):
     data = tiny_data()
-    data.env_spec = gym.spec("Ant-v5").to_json()
+    data.recorded_env = "Ant-v5"
     monkeypatch.setattr(module, "load_dataset", lambda *_, **__: data)
     with pytest.raises(SystemExit) as stop:
         module.train(module.Args())
@@ -599,7 +600,7 @@ def test_data_without_a_model_are_refused_in_one_line(module, rows, terminated, 
     """Three rows, rows that all terminate where nothing falls, no environment: before a folder is made."""
     data = tiny_data(rows)
     data.terminated[:] = terminated
-    data.env_spec = gym.spec(env_id).to_json() if env_id else None
+    data.recorded_env = env_id
     monkeypatch.setattr(module, "load_dataset", lambda *_, **__: data)
     monkeypatch.setattr(module, "Run", lambda *_, **__: pytest.fail("a run began"))
     with pytest.raises(SystemExit) as stop:

@@ -1,9 +1,12 @@
 """Whole runs that learn: each algorithm ends clearly above what a small dataset shows.
 
+Those in LONG take minutes each; `make test-long` runs them, `make test` shows them as skipped.
+
 Networks are narrower than the files' and rates larger, so that a test can wait for it; the losses are those of the files.
 """
 import importlib
 import json
+import os
 
 import common
 
@@ -23,6 +26,7 @@ CALM = EAGER | {"actor_lr": 1e-3}
 FAST = {"critic_lr": 1e-3, "actor_lr": 1e-3, "target_rate": 0.02}
 IMAGINED = CALM | {"rollout_starts": 2000, "rollout_every": 250}
 WIDE = ("algae_dice", "bcq", "brac", "combo", "cql", "edac", "mopo", "morel", "dqn", "rem")  # as wide as in the file
+LONG = ("algae_dice", "bcq", "bear", "brac", "combo", "cql", "decision_transformer", "dqn", "edac", "mopo", "morel", "plas", "rem")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -45,6 +49,8 @@ def make_small(patch, module) -> None:
 
 def final_return(name: str, out, env: str = MIXED, constants=(), seed: int = 0, **settings) -> tuple[float, float]:
     """A run in this process: (mean return of 20 episodes of the final policy, the data's mean return)."""
+    if name in LONG and "LONG_TESTS" not in os.environ:
+        pytest.skip(f"{name} learns for minutes: make test-long")
     module = importlib.import_module(name)
     with pytest.MonkeyPatch.context() as patch:
         make_small(patch, module)
