@@ -5,7 +5,7 @@ Claim: asked for a return that the data contain, it delivers it. Beyond the best
 a guess. Where luck pays, a request for luck buys lottery tickets.
 要求的回报在数据范围内时，它能照办；超出数据最好回报时只是猜测；回报靠运气时，它会去“买彩票”。
 See: left, the curves follow the diagonal up to the best return of the data. Beyond it, the same
-policies do well or badly, as the world has it. Right, asked for 1 they buy a ticket, which is worth
+policies do well or badly, as the world has it. Right, asked for 4 they buy a ticket, which is worth
 less than the sure thing. (A walk whose steps pay their length, and a lottery.)
 Imprecise in the notes: "striking" holds for requests inside the data. The transformer does not
 stitch (lesson 1), knows nothing of what lies beyond, and takes luck for skill.
@@ -26,7 +26,7 @@ import torch
 
 torch.set_num_threads(1)
 ASKED = np.linspace(-1, 9, 21)  # of a walk of 8 steps; the data's are at most 0.6 long
-TICKETS = np.linspace(0, 1.2, 13)  # asked of a lottery
+TICKETS = np.linspace(0, 5, 11)  # of a lottery: a sure 2, or 4 with chance 0.3
 WORLDS = {"goes on": lambda a: a, "cliff": lambda a: min(a, 3.1 - 4 * a)}  # equal up to a = 0.62
 
 
@@ -72,8 +72,8 @@ def experiment(short: bool = False, seed: int = 0) -> dict:
         for name, worth in WORLDS.items():
             numbers[name].append(play(actor, ASKED, worth, steps=8)[0])
         ticket = torch.arange(300)[:, None] % 2
-        prize = torch.where(ticket == 1, (torch.rand(300, 1) < 0.3).float(), 0.5)
-        actor = fit(torch.zeros(300, 1), 1.6 * ticket - 0.8, prize, 400)
+        prize = torch.where(ticket == 1, 4.0 * (torch.rand(300, 1) < 0.3), 2.0)
+        actor = fit(torch.zeros(300, 1), 1.6 * ticket - 0.8, prize, 300)
         numbers["lottery"].append(play(actor, TICKETS, WORLDS["goes on"], steps=1)[1])
     return {name: np.array(values) for name, values in numbers.items()}
 
@@ -83,7 +83,7 @@ def check(numbers: dict) -> None:
     error = np.maximum(abs(ahead - ASKED), abs(cliff - ASKED))
     assert (error[:, ASKED <= 4.5] < 0.4).all(), "as asked, inside the data"
     assert ((cliff + 2 < ahead) & (ahead < 7))[:, ASKED == 8].all(), "beyond, the world decides"
-    assert (lottery[:, 5] < -0.5).all() and (lottery[:, 10] > 0.5).all(), "1 buys a ticket"
+    assert (lottery[:, 4] < -0.5).all() and (lottery[:, 8] > 0.5).all(), "4 buys a ticket"
 
 
 def draw(numbers: dict, path: Path) -> None:
@@ -98,8 +98,8 @@ def draw(numbers: dict, path: Path) -> None:
     left.text(6, 0.4, "it has a cliff", color=style.SECOND)
     left.set(title="Same policies, two worlds", xlabel="return asked for", ylabel="delivered")
     right.plot(TICKETS, numbers["lottery"].T, "o-", color=style.POLICY, lw=1.5, ms=4)
-    right.set(title="A sure 0.5, or 1 with chance 0.3", xlabel="return asked for",
-              yticks=[-0.8, 0.8], yticklabels=["sure\n(0.5)", "ticket\n(0.3)"])
+    right.set(title="A sure 2, or 4 with chance 0.3", xlabel="return asked for",
+              yticks=[-0.8, 0.8], yticklabels=["sure\n(2)", "ticket\n(1.2)"])
     figure.savefig(path)
 
 

@@ -22,7 +22,6 @@ from common import Batch
 
 import algae_dice
 import matplotlib.pyplot as plt
-import numpy as np
 import torch
 
 torch.set_num_threads(1)
@@ -55,7 +54,8 @@ def learn(slip=0.0, average=False, online_share=1.0, hidden=(), rate=0.05):
     nets = critic, lambda obs, action: critic(obs, action).detach(), torch.tensor(0.0)
     args = algae_dice.Args(gamma=0.8, exponent=2.0, initial_weight=0.2, online_share=online_share)
     optimizer = torch.optim.Adam(critic.parameters(), lr=rate)
-    for _ in range(600):
+    for k in range(600):
+        optimizer.param_groups[0]["lr"] = rate * (1 - k / 600)
         loss, _ = algae_dice.critic_loss(policy, *nets, batch, CELL[:1], args)
         algae_dice.descend(loss, optimizer)
     action, log_prob = algae_dice.sample_action(*policy(next_obs))
@@ -75,7 +75,7 @@ def experiment(short: bool = False, seed: int = 0) -> dict:
     for name in ("one sample", "average"):
         found = [learn(slip, average=name == "average") for slip in slips]
         numbers[name] = [(weight * reward).mean() for weight, reward in found]
-    return {name: np.array(values) for name, values in numbers.items()}
+    return {name: torch.as_tensor(values).numpy() for name, values in numbers.items()}
 
 
 def check(numbers: dict) -> None:
