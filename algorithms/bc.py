@@ -4,10 +4,10 @@ Folklore. As a baseline of offline RL: Fu et al., "D4RL", arXiv 2004.07219. Clon
 of the data: Chen et al., "Decision Transformer", NeurIPS 2021, arXiv 2106.01345.
 Notes: Offline RL vs. IL(模仿学习).
 
-BC predicts the data's action from the observation; rewards play no part. A clone is therefore about
-as good as the policy behind the data, and it can't stitch: it never learns that the first half of
-one episode can be followed by the second half of another. 10%-BC uses the rewards once, to keep
-only the best episodes.
+BC predicts the data's action from the observation; rewards play no part. A clone is therefore
+about as good as the policy behind the data, if that has one habit, and it can't stitch: it never
+learns that the first half of one episode can be followed by the second half of another. 10%-BC
+uses the rewards once, to keep only the best episodes.
 
   (E1) D_top = the ⌊f·n⌋ of n episodes with the largest Σ_t r_t, at least one
   (E2) L_π = E_{D_top}[ ‖π(s) − a‖² / A ]   where actions are continuous

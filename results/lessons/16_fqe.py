@@ -107,4 +107,4 @@ if __name__ == "__main__":
     found = experiment()
     check(found)
     draw(found, Path(__file__).with_suffix(".png"))
-    print("errors:", abs(found["estimate"] - found["truth"]).mean(axis=0).round(2).tolist())
+    print("mean errors:", abs(found["estimate"] - found["truth"]).mean(axis=0).round(2))

@@ -7,9 +7,8 @@ not how wrong; MOPO's penalty first of all measures the noise of the world.
 See: left, beyond the data four models leave the truth and each other. Middle, they disagree little
 along the data, and MOReL's threshold (blue) lies around them. Right, MOPO's penalty is large along
 the noisy half of the data, though that half is known as well as the other.
-Imprecise in the notes: "models err differently on unseen points" is true in part. Up to 31% of
-the far pairs count as known here, by seed. MOPO's u is the noise that a model admits, seen or
-unseen.
+Imprecise in the notes: "models err differently on unseen points" is half true. By seed, up to 31%
+of the far pairs count as known. MOPO's u is the noise that a model admits, seen or unseen.
 Read next: algorithms/morel.py, algorithms/mopo.py.
 """
 import sys
