@@ -5,8 +5,8 @@ arXiv 2102.08363.
 Notes: Value Function Regularization › COMBO. (75.5 in their table is of walker2d-medium.)
 
 MOPO relies on the model's estimate of its own error, which is often poor. COMBO takes imagined
-steps as they are, and lowers Q there by CQL's term. It is less conservative than CQL, since what
-is imagined and real alike is spared.
+steps as they are, and lowers Q there by CQL's term. At the same weight it lowers them less than
+CQL, as what is imagined and real alike is spared.
 
   siblings  learned              penalty                           acts on
   mopo.py   7 Gaussian networks  λ · largest standard deviation    reward of an imagined step

@@ -1,14 +1,14 @@
-"""EDAC and SAC-N: SAC with many critics, whose minimum is a lower confidence bound.
+"""EDAC and SAC-N: SAC with the minimum of many critics.
 
 An, Moon, Kim & Song, "Uncertainty-Based Offline Reinforcement Learning with Diversified
 Q-Ensemble", NeurIPS 2021, arXiv 2110.01548.
 Notes: Uncertainty-Based › Bootstrap ensembles, Ensemble-DQN. (They find the critics of an ensemble
 too much alike; (E4) is one answer. msg.py is another.)
 
-SAC-N is SAC with N critics in place of two. At actions that the data lack the critics disagree, and
-their minimum is far below their mean. It takes up to hundreds of critics, since critics that learn
-the same targets have similar slopes beside the data. EDAC penalises the cosines between their
-gradients, and needs ten to fifty.
+SAC-N is SAC with N critics in place of two. Where critics disagree, their minimum is below their
+mean. But critics that learn the same targets have similar slopes beside the data, so it takes up
+to hundreds of them, and the minimum may still be too high. EDAC penalises the cosines between
+their gradients, and needs ten to fifty.
 
   (E1) ã = tanh(u), u = μ(s) + σ(s)·ε;  log π(ã|s) as in sac.py
   (E2) y = r + γ (1 − d) ( min_k Q̄_k(s′, ã′) − α log π(ã′|s′) ),  ã′ ~ π(·|s′)

@@ -8,7 +8,7 @@ Notes: references, Levine et al.'s survey, which calls this off-policy evaluatio
 Whoever may not run policies can't choose among them by running them. FQE fixes a policy and learns
 its Q from the data, as Q-learning does, but with the policy's own next action in place of the best
 one. The value at the data's first observations is the estimate. Where the policy leaves the data
-the estimate is a guess, so the order of several policies says more than the numbers.
+the estimate is a guess, and so is the order of policies that leave them far.
 
 All P policies are judged at once, by P networks on the same batches. C stands for (1 − γ) Q, a mean
 of rewards, which does not grow with the horizon. Rewards are first divided by their root mean

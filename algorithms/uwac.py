@@ -7,7 +7,7 @@ weights by exp(−β Var) unless told otherwise, and multiplies residuals before
 it out: nothing there estimates it, and as a constant it would multiply all weights by e^{−βσ²}
 alike, and tell no action from another.
 
-Drop a tenth of Q's hidden units at random, a few times: where the answers differ, Q is uncertain.
+Drop a tenth of Q's hidden units at random, a few times: their variance stands for Q's uncertainty.
 A target from there should count less, and the policy should follow such a Q less. Both losses get
 a weight that falls with the variance of the answers. The rest is BEAR: read bear.py first.
 
