@@ -2,7 +2,7 @@
 
     python results/grid.py --part 1 --jobs 2            two runs at a time, one thread each
     python results/grid.py --part 1 --list              one command a line, for xargs or Slurm
-    python results/grid.py --only iql --seeds 0-2 --env hopper-medium-replay
+    python results/grid.py --only iql --seeds 0-2 --env hopper-medium-replay --steps 100000
 
 A line of the list stands alone: it skips what is finished, resumes what was stopped, and copies the
 finished run's result.json to results/scores/<algorithm>/<env>/seed<k>.json, from which report.py
@@ -10,11 +10,13 @@ makes tables and pictures. Results of many machines are merged by path.
 """
 import argparse
 import os
+import re
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -63,6 +65,21 @@ MODES = {  # shorter studies of single forms
     "morel-soft": "morel.py --steps 20000 --penalty soft",
     "combo-uniform": "combo.py --steps 20000 --rollout-policy uniform",
 }
+STUDIES = {  # settings whose published value fails on this suite, one factor at a time; a tenth of
+    # the episodes is held out, so that fqe.py can choose between the policies
+    "awac-beta-2": "awac.py --steps 40000 --beta 2 --holdout 0.1",
+    "awac-beta-10": "awac.py --steps 40000 --beta 10 --holdout 0.1",
+    "awac-beta-50": "awac.py --steps 40000 --beta 50 --holdout 0.1",
+    "plas-vae-lr-1e-4": "plas.py --steps 20000 --vae-steps 20000 --vae-lr 1e-4 --holdout 0.1",
+    "plas-vae-lr-1e-3": "plas.py --steps 20000 --vae-steps 20000 --vae-lr 1e-3 --holdout 0.1",
+    "bear-actor-lr-1e-4": "bear.py --steps 8000 --actor-lr 1e-4 --holdout 0.1 --eval-every 2000",
+    "bear-actor-lr-1e-3": "bear.py --steps 8000 --actor-lr 1e-3 --holdout 0.1 --eval-every 2000",
+    "bear-mmd-0.12": "bear.py --steps 8000 --actor-lr 1e-3 --max-mmd 0.12 --holdout 0.1 "
+                     "--eval-every 2000",
+    "morel-horizon-5": "morel.py --steps 20000 --horizon 5 --holdout 0.1",
+    "morel-horizon-25": "morel.py --steps 20000 --horizon 25 --holdout 0.1",
+    "morel-horizon-100": "morel.py --steps 20000 --horizon 100 --holdout 0.1",
+}
 OTHERS = [f"{body}-{level}" for body in ("hopper", "walker2d", "halfcheetah")
           for level in ("medium-expert", "random", "medium", "medium-replay")
           if (body, level) not in (("hopper", "medium"), ("hopper", "medium-replay"))]
@@ -76,6 +93,7 @@ PARTS = {  # part: datasets, files, seeds
     "discrete": ([f"{body}-{level}" for body in ("cartpole", "acrobot")
                   for level in ("replay", "medium")], DISCRETE, "0-2"),
     "modes": (["hopper-medium-replay"], MODES, "0"),
+    "studies": (["hopper-medium"], STUDIES, "0"),
 }
 
 
@@ -88,6 +106,7 @@ def seeds_of(text: str) -> list[int]:
 def lines(options) -> list[str]:
     """The commands that the options choose, part by part; seeds of one file together."""
     chosen = []
+    history = "--history " if options.history else ""
     for part, (datasets, files, seeds) in PARTS.items():
         if options.part not in (None, part):
             continue
@@ -95,28 +114,47 @@ def lines(options) -> list[str]:
             for name, command in files.items():
                 if options.only not in (None, name) or options.env not in (None, env):
                     continue
+                if options.steps:
+                    command = re.sub(r"--steps \d+", f"--steps {options.steps}", command)
+                # a study's runs differ in a setting only, so each needs a place of its own
+                out = f"{options.out}/{name}" if name in STUDIES else options.out
                 every = "" if "--eval-every" in command else " --eval-every 10000"
                 for seed in seeds_of(options.seeds or seeds):
                     chosen.append(
-                        f"python results/grid.py --run {name} algorithms/{command}{every} "
-                        f"--env {env} --seed {seed} --threads 1 --out {options.out}")
+                        f"python results/grid.py {history}--run {name} algorithms/{command}{every} "
+                        f"--env {env} --seed {seed} --threads 1 --out {out}")
     return chosen
 
 
-def run(name: str, command: list[str]) -> int:
+def keep(folder: Path) -> None:
+    """A copy of the run's checkpoint, if it is a new one, for overestimation.py."""
+    checkpoint = folder / "checkpoint.pt"
+    if checkpoint.exists():
+        copy = folder / "history" / f"{int(checkpoint.stat().st_mtime)}.pt"
+        copy.parent.mkdir(exist_ok=True)
+        if not copy.exists():
+            shutil.copy(checkpoint, copy)
+
+
+def run(name: str, command: list[str], history: bool) -> int:
     """One run: skipped where it is finished, resumed where it was stopped; its result is copied."""
     def value(option: str) -> str:
         return command[command.index(option) + 1]
 
     env, seed = value("--env"), value("--seed")
-    folder = ROOT / value("--out") / name / env / f"seed{seed}"
+    algorithm = Path(command[0]).stem if name in STUDIES else name
+    folder = ROOT / value("--out") / algorithm / env / f"seed{seed}"
     if not (folder / "result.json").exists():
         resume = ["--resume"] if (folder / "checkpoint.pt").exists() else []
         child = subprocess.Popen([sys.executable, *command, *resume], cwd=ROOT,
                                  env=os.environ | {"OMP_NUM_THREADS": "1"})
         signal.signal(signal.SIGTERM, lambda *_: child.terminate())  # it saves and leaves
-        if code := child.wait():
-            return code
+        while child.poll() is None:
+            time.sleep(1)
+            if history:
+                keep(folder)
+        if child.returncode:
+            return child.returncode
     committed = ROOT / "results" / "scores" / name / env / f"seed{seed}.json"
     committed.parent.mkdir(parents=True, exist_ok=True)
     shutil.copy(folder / "result.json", committed)
@@ -129,13 +167,15 @@ def main() -> int:
     parser.add_argument("--only", help="only the runs with this name")
     parser.add_argument("--env", help="only the runs on this dataset")
     parser.add_argument("--seeds", help="0-2 or 0; default: as the part has them")
+    parser.add_argument("--steps", type=int, help="updates of each run; default: as in the grid")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
     parser.add_argument("--out", default="runs", help="where the runs' folders go, from the root")
+    parser.add_argument("--history", action="store_true", help="keep each checkpoint of a run")
     parser.add_argument("--list", action="store_true", help="print the commands, run nothing")
     parser.add_argument("--run", nargs=argparse.REMAINDER, help="a line of the list: NAME COMMAND")
     options = parser.parse_args()
     if options.run:
-        return run(options.run[0], options.run[1:])
+        return run(options.run[0], options.run[1:], options.history)
     commands = lines(options)
     if options.list:
         print("\n".join(commands))

@@ -17,6 +17,7 @@ from common import NAMES, SUITE, fail, load_dataset
 from style import CLONE, DATA, ESTIMATE, POLICY, plt
 
 import numpy as np
+from grid import STUDIES
 from minari.storage import get_dataset_path
 
 HERE = Path(__file__).resolve().parent
@@ -40,6 +41,8 @@ D4RL_V2 = {  # mean, standard deviation and maximum of the returns of D4RL's v2 
     "walker2d-expert": (4920.51, 136.39, 5011.69),
 }
 MOST_PANELS = 8
+YOUNGER = ("td3_bc", "rebrac", "iql", "awac", "crr", "plas", "decision_transformer", "edac",
+           "edac-sac-n", "msg", "algae_dice")  # methods that the notes' tables do not have
 
 
 def write_section(section: str, lines: list[str]) -> None:
@@ -131,11 +134,22 @@ def draw_datasets() -> None:
 
 
 def committed() -> dict[str, dict[str, list[dict]]]:
-    """{dataset: {algorithm: [result of each seed]}}."""
+    """{dataset: {name of the run in grid.py: [result of each seed]}}."""
     results = defaultdict(lambda: defaultdict(list))
     for path in sorted((HERE / "scores").glob("*/*/seed*.json")):
-        result = json.loads(path.read_text())
-        results[result["env"]][result["algorithm"]].append(result)
+        name, env = path.parts[-3:-1]
+        results[env][name].append(json.loads(path.read_text()))
+    return results
+
+
+def grid_results() -> dict:
+    """What was committed without the studies. Of a cell's runs those on the present dataset, where
+    there are any."""
+    results = committed()
+    for env in results:
+        results[env] = {
+            name: list(filter(is_current, runs)) or runs
+            for name, runs in results[env].items() if name not in STUDIES}
     return results
 
 
@@ -145,17 +159,21 @@ def mean_and_std(runs: list[dict]) -> str:
     return f"{np.mean(scores):.1f}{spread}"
 
 
-def fingerprints() -> dict[str, str]:
-    """Of the datasets that `make data` builds, as far as the card knows them."""
+def is_current(run: dict) -> bool:
+    """Whether a run used the dataset that `make data` builds, as far as the card knows it."""
     rows = json.loads(CARD.read_text())
-    return {row["name"]: row["fingerprint"] for row in rows if "fingerprint" in row}
+    known = {row["name"]: row.get("fingerprint") for row in rows}
+    return run["dataset"]["fingerprint"] == known.get(run["env"])
 
 
 def tables() -> None:
-    results = committed()
+    results = grid_results()
     published = json.loads((HERE / "published.json").read_text())
     for table in ("uwac_table", "combo_table"):
         write_section(table, notes_table(results, published[table]))
+    write_section("studies", study_table(committed()))
+    write_section("speed", speed_table())
+    write_section("younger_table", younger_table(results, published["other"]))
     write_section("results", result_table(results, published["other"]))
 
 
@@ -174,16 +192,44 @@ def notes_table(results: dict, table: dict) -> list[str]:
     return lines
 
 
+def speed_table() -> list[str]:
+    """Updates per second that tests/bench.py --save has measured: a row for each file."""
+    rows = json.loads((HERE / "speed.json").read_text())
+    columns = list(dict.fromkeys((row["label"], row["threads"]) for row in rows))
+    names = list(dict.fromkeys(row["algorithm"] for row in rows))
+    lines = ["| file | GFLOP | " + " | ".join(f"{label}, {n}" for label, n in columns) + " |",
+             "|---|---:|" + "---:|" * len(columns)]
+    for name in names:
+        seen = {(row["label"], row["threads"]): row for row in rows if row["algorithm"] == name}
+        gflop = next(iter(seen.values()))["gflop"]
+        cells = [f"{seen[c]['updates_per_second']:g}" if c in seen else "" for c in columns]
+        lines.append(f"| {name} | {gflop:.2f} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def younger_table(results: dict, published: dict) -> list[str]:
+    """A row for each method: our score in each dataset, and a published one in brackets."""
+    envs = [env for env in NAMES if any(name in YOUNGER for name in results.get(env, {}))]
+    lines = ["| method | " + " | ".join(envs) + " |", "|---|" + "---:|" * len(envs)]
+    for name in YOUNGER:
+        cells = []
+        for env in envs:
+            runs = results[env].get(name)
+            ours = f"**{mean_and_std(runs)}** " if runs else ""
+            theirs = published.get(env, {}).get(name)
+            cells.append(ours + (f"({theirs.split(' ')[0]})" if theirs else ""))
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
+
+
 def result_table(results: dict, published: dict) -> list[str]:
     lines = ["| dataset | algorithm | updates | seeds | score | the data | published | "
              "updates/s | data |", "|---|---|---:|---:|---:|---:|---|---:|---|"]
     scores = {row["name"]: row["score"] for row in json.loads(CARD.read_text())}
-    current = fingerprints()
     for env in sorted(results, key=NAMES.index):
         for algorithm, runs in sorted(results[env].items()):
             speed = np.mean([run["updates_per_second"] for run in runs])
-            prints = {run["dataset"]["fingerprint"] for run in runs}
-            data = "current" if prints == {current.get(env)} else "earlier"
+            data = "current" if all(map(is_current, runs)) else "earlier"
             lines.append(
                 f"| {env} | {algorithm} | {runs[0]['steps']:,} | {len(runs)} | {mean_and_std(runs)}"
                 f" | {scores.get(env, np.nan):.1f} | {published.get(env, {}).get(algorithm, '–')}"
@@ -191,20 +237,37 @@ def result_table(results: dict, published: dict) -> list[str]:
     return lines
 
 
+def study_table(results: dict) -> list[str]:
+    """Runs that differ in one setting: their evaluations in training, and the final score."""
+    lines = ["| dataset | run | updates | evaluations in training | score | the data |",
+             "|---|---|---:|---|---:|---:|"]
+    scores = {row["name"]: row["score"] for row in json.loads(CARD.read_text())}
+    for env in sorted(results, key=NAMES.index):
+        for name in STUDIES:
+            for run in results[env].get(name, []):
+                seen = ", ".join(f"{point['score']:.0f}" for point in run["curve"])
+                lines.append(f"| {env} | {name} | {run['steps']:,} | {seen} | {run['score']:.1f} | "
+                             f"{scores.get(env, np.nan):.1f} |")
+    return lines
+
+
 def figures() -> None:
     FIGURES.mkdir(exist_ok=True)
-    results = committed()
+    results = grid_results()
     draw_scores(results, [env for env in ("hopper-medium-replay", "hopper-medium")
                           if env in results])
     for env in results:
         runs_of = {name: runs for name, runs in results[env].items() if name != "bc"}
+        present = {name: runs for name, runs in runs_of.items() if all(map(is_current, runs))}
+        runs_of = present or runs_of  # no curves of two datasets in one picture
         best = sorted(runs_of, key=lambda name: -np.mean([run["score"] for run in runs_of[name]]))
         if best:
             draw_curves(env, results[env], best[:MOST_PANELS])
 
 
 def draw_scores(results: dict, datasets: list[str]) -> None:
-    """figures/scores.png: a dot for each algorithm and seed; lines for the data and a clone."""
+    """figures/scores.png: a dot for each algorithm and seed, hollow for runs on earlier data; lines
+    for the data and a clone."""
     figure, axes = plt.subplots(1, len(datasets), figsize=(6 * len(datasets), 7.5), squeeze=False)
     data_scores = {row["name"]: row["score"] for row in json.loads(CARD.read_text())}
     for env, axis in zip(datasets, axes[0]):
@@ -213,7 +276,8 @@ def draw_scores(results: dict, datasets: list[str]) -> None:
         for row, name in enumerate(order):
             color = CLONE if name == "bc" else POLICY
             for run in runs_of[name]:
-                axis.plot(run["score"], row, "o", color=color, markersize=8, alpha=0.8)
+                fill = "full" if is_current(run) else "none"
+                axis.plot(run["score"], row, "o", color=color, markersize=8, fillstyle=fill)
         axis.axvline(data_scores[env], color=DATA, linestyle="--")
         axis.text(data_scores[env], len(order) - 0.3, "the data ", color=DATA, ha="right")
         if "bc" in runs_of:

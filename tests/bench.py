@@ -11,6 +11,7 @@ time and FLOP are shared out over the rollout_every updates that it serves. Nobo
 import argparse
 import importlib
 import io
+import json
 import math
 import sys
 import time
@@ -142,6 +143,19 @@ def main(options: argparse.Namespace) -> None:
                     sys.exit(said.getvalue())
             print(f"{name:<21}{updates:11.1f}{flops / 1e9:14.3f}{updates * flops / 1e9:10.1f}{updates * flops / rate:8.2f}",
                   flush=True)
+            if options.save:
+                row = {"label": options.save, "threads": threads, "algorithm": name, "updates_per_second": round(updates, 1),
+                       "gflop": round(flops / 1e9, 3), "share": round(updates * flops / rate, 2)}
+                save(row)
+
+
+def save(row: dict) -> None:
+    """Into results/speed.json, from which report.py makes a table; a row of the same label, threads and file is replaced."""
+    path = ROOT / "results" / "speed.json"
+    key = ("label", "threads", "algorithm")
+    rows = json.loads(path.read_text()) if path.exists() else []
+    rows = [other for other in rows if [other[k] for k in key] != [row[k] for k in key]] + [row]
+    path.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
 
 
 if __name__ == "__main__":
@@ -151,5 +165,6 @@ if __name__ == "__main__":
     parser.add_argument("--threads", type=int, nargs="+", default=[torch.get_num_threads()], help="one table for each number")
     parser.add_argument("--products", default="chosen", choices=("chosen", "default"),
                         help="float32 matrix products as common.py chooses them, or as PyTorch does by itself")
+    parser.add_argument("--save", metavar="LABEL", help="also into results/speed.json, under this name of the machine's state")
     parser.add_argument("algorithms", nargs="*", default=ALGORITHMS)
     main(parser.parse_args())

@@ -1,0 +1,150 @@
+"""Does Q promise more than the policy earns? overestimation.json, figures/overestimation.png.
+
+    python results/grid.py --part 1 --seeds 0 --history      (keeps each checkpoint of a run)
+    python results/overestimation.py runs/*/hopper-medium-replay/seed0
+
+A run's policy plays EPISODES episodes from each of its kept checkpoints. At their first states two
+numbers are compared: what the critics say of the policy's action, their mean, and the discounted
+return that the episode then brings. Both lines in a panel are of the same policy and states; where
+red runs above black, Q errs upwards, as the notes say it must without a remedy.
+"""
+import argparse
+import importlib
+import json
+import sys
+from pathlib import Path
+from unittest.mock import patch
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE.parent / "algorithms")]  # finds common.py, algorithms
+import common
+import style
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from tqdm import tqdm
+
+EPISODES = 10
+SEED = 4 * 10**9  # of the episodes, apart from those of training's evaluations
+COLUMNS = 4  # of the picture; eight panels at most
+
+
+class Ready(Exception):
+    """Raised in place of the training, when the run's networks exist."""
+
+
+def networks_of(folder: Path) -> tuple[dict, common.Dataset, dict]:
+    """What training changes, as the run's own file makes it, its data, and its settings."""
+    settings = json.loads((folder / "settings.json").read_text())
+    algorithm = settings.pop("algorithm")
+    settings.pop("data")
+    module = importlib.import_module(Path(file_of(algorithm)).stem)
+    found = {}
+
+    def begin(run, learned, actor):
+        found.update(learned=learned, data=run.data)
+        raise Ready
+
+    no_fit = patch.object(module, "fit", lambda *_: None, create=True)  # of a model of the world
+    arguments = module.Args(**settings | {"out": "/nonexistent", "resume": False})
+    with patch.object(common.Run, "begin", begin), no_fit:
+        try:
+            module.train(arguments)
+        except Ready:
+            pass
+    return found["learned"], found["data"], settings
+
+
+def file_of(algorithm: str) -> str:
+    """The file of a variant: brac-p is of brac.py."""
+    for name in (algorithm, algorithm.rpartition("-")[0], algorithm.split("-")[0]):
+        if (HERE.parent / "algorithms" / f"{name}.py").exists():
+            return f"{name}.py"
+    common.fail(f"{algorithm} is no file of algorithms/")
+
+
+def compare(learned: dict, reward_unit: float, gamma: float, env_spec: str) -> tuple[float, ...]:
+    """Mean promise and mean discounted return at the first states of EPISODES episodes."""
+    actor = learned["actor"]
+    critic = learned["critic"] if "critic" in learned else actor.critic
+    first = [None] * EPISODES  # (obs, action) of each
+    rewards = [[] for _ in range(EPISODES)]
+
+    def record(i, obs, action, reward, *_):
+        if first[i] is None:
+            first[i] = (obs, action)
+        rewards[i].append(reward)
+
+    common.evaluate(actor.act, env_spec, EPISODES, SEED, record=record)
+    obs, action = (torch.as_tensor(np.array(column), dtype=torch.float32)
+                   for column in zip(*first))
+    action = (action - actor.action_mid) / actor.action_half  # (E, A), as the critic knows them
+    if hasattr(actor, "obs_mean"):
+        obs = (obs - actor.obs_mean) / actor.obs_std
+    promised = float(critic(obs, action).mean()) * reward_unit
+    earned = [float(np.dot(gamma ** np.arange(len(r)), r)) for r in rewards]
+    return promised, float(np.mean(earned))
+
+
+@torch.no_grad()
+def judge(folder: Path) -> dict:
+    """The two numbers for each kept checkpoint of a run."""
+    with torch.enable_grad():
+        learned, data, settings = networks_of(folder)
+    raw = common.load_dataset(settings["env"], "cpu")
+    # a file may scale rewards (IQL): its Q is in that unit
+    reward_unit = float(raw.reward.std() / data.reward.std())
+    name = folder.parts[-3]
+    points = []
+    for path in tqdm(sorted((folder / "history").glob("*.pt")), desc=name, leave=False):
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        for key, part in learned.items():
+            if isinstance(part, torch.nn.Module):
+                part.load_state_dict(saved["learned"][key])
+        promised, earned = compare(learned, reward_unit, settings["gamma"], data.env_spec)
+        points.append([saved["step"], round(promised, 2), round(earned, 2)])
+    points.sort()
+    step, promised, earned = points[-1]
+    print(f"{name}: after {step:,} updates Q promises {promised:.0f}, {earned:.0f} is earned")
+    return {"name": name, "env": settings["env"], "seed": settings["seed"], "points": points}
+
+
+def draw(results: list[dict]) -> None:
+    """A panel for each run, sorted by what its last Q promises over what is earned."""
+    results = sorted(results, key=lambda one: -one["points"][-1][1] / one["points"][-1][2])
+    rows = -(-len(results) // COLUMNS)
+    figure, axes = plt.subplots(rows, COLUMNS, figsize=(12, 3.2 * rows), squeeze=False)
+    for one, axis in zip(results, axes.flat):
+        steps, promised, earned = np.array(one["points"]).T
+        axis.plot(steps / 1000, promised, color=style.ESTIMATE)
+        axis.plot(steps / 1000, earned, color=style.TRUTH)
+        axis.set_title(one["name"])
+        axis.set_yscale("symlog", linthresh=100)
+    for axis in axes.flat[len(results):]:
+        axis.axis("off")
+    for axis in axes[-1]:
+        axis.set_xlabel("thousand updates")
+    first = results[0]["points"]
+    axes[0, 0].annotate("what Q promises", (first[-1][0] / 1000, first[-1][1]), ha="right",
+                        va="top", color=style.ESTIMATE, fontsize=11)
+    axes[0, 0].annotate("what is earned", (first[-1][0] / 1000, first[-1][2]), ha="right",
+                        va="bottom", color=style.TRUTH, fontsize=11)
+    figure.supylabel("discounted return", fontsize=12)
+    figure.savefig(HERE / "figures" / "overestimation.png")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("runs", type=Path, nargs="+", help="folders of runs that kept checkpoints")
+    folders = [run.resolve() for run in parser.parse_args().runs]
+    path = HERE / "overestimation.json"
+    known = json.loads(path.read_text()) if path.exists() else []
+    kept = {(one["name"], one["env"], one["seed"]): one for one in known}
+    for folder in folders:
+        if (folder / "history").exists():
+            one = judge(folder)
+            kept[one["name"], one["env"], one["seed"]] = one
+    lines = ",\n".join(json.dumps(one) for one in kept.values())
+    path.write_text(f"[\n{lines}\n]\n")
+    draw(list(kept.values()))
