@@ -33,6 +33,7 @@ from contextlib import redirect_stderr, suppress
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
+from types import MethodType
 from typing import NamedTuple, NoReturn
 
 try:  # glibc keeps freed memory; asking the kernel for it anew costs CQL a quarter of its speed
@@ -67,6 +68,10 @@ NAMES += ["cartpole-replay", "acrobot-replay"]
 NO_RANGE = (math.nan, math.nan)  # where the returns that score 0 and 100 are not known
 COLUMNS = ("obs", "action", "reward", "next_obs", "terminated", "truncated")
 HERE = Path(__file__).resolve().parent
+
+
+if hasattr(sys.stdout, "reconfigure"):
+    sys.stdout.reconfigure(errors="replace")  # a sign that the terminal lacks must not end a run
 
 
 def fail(message: str) -> NoReturn:
@@ -198,7 +203,7 @@ class Dataset:
     def score(self, returns) -> float | None:
         """D4RL's normalised mean return; None where no returns are known that score 0 and 100."""
         low, high = self.score_range
-        if math.isnan(low + high):
+        if not low < high:
             return None
         return 100 * (float(np.mean(returns)) - low) / (high - low)
 
@@ -235,7 +240,7 @@ def load_dataset(name: str, device: str = "auto", discrete: bool | None = False,
     tensors = {key: torch.as_tensor(column) for key, column in columns.items()}
     data = Dataset(name, tensors, action_space, env_spec, score_range, target)
     if source.env:  # known also where nothing is evaluated
-        data.recorded_env = env_id(source.env) if source.env.startswith("{") else source.env
+        data.recorded_env = env_id(source.env)
     if holdout != 0 or held_out:
         split_episodes(data, holdout, held_out)
     return data
@@ -271,7 +276,17 @@ def encode_obs(space: spaces.Space, obs) -> np.ndarray:
         return np.asarray(obs)
     if isinstance(space, spaces.Box):
         return np.asarray(obs, np.float32).ravel()
+    if isinstance(space, (spaces.Dict, spaces.Tuple)):
+        parts = [encode_obs(part, value).ravel() for part, value in parts_of(space, obs)]
+        return np.concatenate(parts, dtype=np.float32)
     return np.asarray(spaces.flatten(space, obs), np.float32)
+
+
+def parts_of(space: spaces.Dict | spaces.Tuple, values) -> list[tuple]:
+    """The parts of a space with their values; those of a Dict by name, as Minari keeps them."""
+    if isinstance(space, spaces.Dict):
+        return [(part, values[key]) for key, part in sorted(space.spaces.items())]
+    return list(zip(space.spaces, values))
 
 
 def is_image(space: spaces.Space) -> bool:
@@ -320,7 +335,8 @@ def play(act: Callable, envs: list[gym.Env], first: int, seed: int, device,
     """One group of episodes, as described in evaluate; `first` is the number of its first."""
     obs_space = envs[0].observation_space
     action_space = envs[0].action_space
-    resets = [env.reset(seed=seed + first + i) for i, env in enumerate(envs)]
+    # numpy's own random state takes 32 bits of a seed
+    resets = [env.reset(seed=(seed + first + i) % 2**32) for i, env in enumerate(envs)]
     obs = np.stack([encode_obs(obs_space, start) for start, _ in resets])  # (E, S)
     if hasattr(act, "start"):
         act.start(len(envs))
@@ -351,8 +367,31 @@ def play(act: Callable, envs: list[gym.Env], first: int, seed: int, device,
 # ---- 3. Run record
 
 MAY_CHANGE = (  # settings that may be others when a run resumes: they do not change what it learns
-    "resume", "out", "device", "threads", "steps", "eval_every", "eval_episodes", "final_episodes",
-    "eval_env")
+    "env", "resume", "out", "device", "threads", "steps", "eval_every", "eval_episodes",
+    "final_episodes", "eval_env")
+
+
+def run_folder(args, algorithm: str) -> Path:
+    """Where a run is recorded; of a file's path only its name counts."""
+    env = Path(args.env).stem if is_file(args.env) else args.env
+    return Path(args.out) / algorithm / re.sub(r"[^\w.-]", "_", env) / f"seed{args.seed}"
+
+
+def take_folder(folder: Path, resume: bool = False):
+    """Locks a run's folder against other processes. A fresh run renames an earlier one."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = lock_file(folder.parent / f".{folder.name}.lock")
+        if lock is None:
+            fail(f"another process is writing {folder}; wait for its end, or give another --seed "
+                 "or --out")
+        if folder.exists() and not resume:
+            folder.rename(f"{folder}.{datetime.now():%Y%m%d-%H%M%S-%f}")
+        for part in folder.glob(".[0-9]*"):  # what a killed process left half written
+            part.unlink()
+    except OSError as error:
+        fail(f"could not write {folder}: {error}")
+    return lock
 
 
 class Run:
@@ -380,9 +419,7 @@ class Run:
         self.dataset = data.describe()
         self.module = Path(sys.modules[type(args).__module__].__file__).stem
         self.algorithm = self.module + variant
-        env = Path(args.env).stem if is_file(args.env) else args.env
-        env = re.sub(r"[^\w.-]", "_", env)
-        self.folder = Path(args.out) / self.algorithm / env / f"seed{args.seed}"
+        self.folder = run_folder(args, self.algorithm)
         self.checkpoint = self.folder / "checkpoint.pt"
         self.max_steps = None  # of an evaluation's episode: data.env_spec has the limit
         self.curve = []
@@ -400,7 +437,7 @@ class Run:
         self.actor = actor
         self.settings = asdict(self.args)
         self.settings |= {"algorithm": self.algorithm, "data": self.dataset["fingerprint"]}
-        self._take_folder()
+        self.lock = take_folder(self.folder, self.args.resume)
         step = self._load_checkpoint() if self.args.resume else 0
         write_json(self.folder / "settings.json", self.settings)
         from torch.utils.tensorboard import SummaryWriter  # slow to import, so after the checks
@@ -499,21 +536,6 @@ class Run:
     def _restore_signals(self) -> None:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
-
-    def _take_folder(self) -> None:
-        """Locks the folder against other processes. A fresh run renames an earlier one."""
-        try:
-            self.folder.parent.mkdir(parents=True, exist_ok=True)
-            self.lock = lock_file(self.folder.parent / f".{self.folder.name}.lock")
-            if self.lock is None:
-                fail(f"another process is writing {self.folder}; wait for its end, or give another "
-                     "--seed or --out")
-            if self.folder.exists() and not self.args.resume:
-                self.folder.rename(f"{self.folder}.{datetime.now():%Y%m%d-%H%M%S-%f}")
-            for part in self.folder.glob(".[0-9]*"):  # what a killed process left half written
-                part.unlink()
-        except OSError as error:
-            fail(f"could not write {self.folder}: {error}")
 
     def _on_signal(self, number: int, frame) -> None:
         """Ctrl-C or SIGTERM: the run ends after the update under way, when it is saved.
@@ -638,8 +660,12 @@ def is_file(name: str) -> bool:
     return name.lower().endswith((".hdf5", ".h5", ".npz"))
 
 
-def env_id(env_spec: str | None) -> str | None:
-    return json.loads(env_spec)["id"] if env_spec else None
+def env_id(env: str | None) -> str | None:
+    """The id in a recorded specification; what is none remains as it is."""
+    try:
+        return json.loads(env)["id"]
+    except (KeyError, TypeError, ValueError):
+        return env
 
 
 def read_source(name: str, eval_env: str) -> Source:
@@ -672,10 +698,8 @@ def join(sources: list[Source]) -> Source:
 
 def build_suite_dataset(body: str, level: str) -> str:
     """The dataset's id. collect.py builds it where it is absent or of earlier policies."""
-    from minari.storage import get_dataset_path
-
     dataset_id = f"local/{body}/{level}-v0"
-    folder = get_dataset_path(dataset_id)
+    folder = minari_folder(dataset_id)
     if folder.exists():
         if not COLLECT.exists() or built_from(folder) == behavior_digest(body, level):
             return dataset_id
@@ -706,16 +730,28 @@ def built_from(folder: Path) -> str:
     return path.read_text() if path.exists() else "unknown"
 
 
+def minari_folder(dataset_id: str) -> Path:
+    """Where Minari keeps a dataset."""
+    from minari.storage import get_dataset_path
+
+    try:
+        return get_dataset_path(dataset_id)
+    except OSError as error:
+        fail(f"Minari's folder for datasets can't be used ({error}); MINARI_DATASETS_PATH names "
+             "another one")
+
+
 def find_minari(name: str) -> None:
     """Downloads a Minari dataset that is absent. Ends the run where the name can't be one."""
     import minari
 
     if re.fullmatch(r"[\w./-]+", name):
-        if (minari.storage.get_dataset_path(name) / "data").exists():
+        if (minari_folder(name) / "data").exists():
             return
     near = ", ".join(difflib.get_close_matches(name, NAMES, 3, 0))
-    if not re.fullmatch(r"[\w-]+(/[\w-]+)+", name) or Path(name).exists():
-        fail(f"unknown dataset '{name}'; near are {near}; a file must be .hdf5, .h5 or .npz")
+    if not re.fullmatch(r"[\w-]+(/[\w-]+)+-v\d+", name) or Path(name).exists():
+        fail(f"unknown dataset '{name}'; near are {near}; a Minari id ends in its version, as -v0, "
+             "and a file must be .hdf5, .h5 or .npz")
     try:
         minari.download_dataset(name)
     except Exception as error:  # whatever a network or a store may have
@@ -726,21 +762,20 @@ def find_minari(name: str) -> None:
 def read_minari(dataset_id: str) -> Source:
     """A Minari dataset. Its columns are kept beside it: one group per episode is slow to read."""
     from minari.dataset.minari_storage import MinariStorage
-    from minari.storage import get_dataset_path
 
-    folder = get_dataset_path(dataset_id)
+    folder = minari_folder(dataset_id)
     storage = MinariStorage.read(folder / "data")
     check_action_space(dataset_id, storage.action_space)
     kept = folder / "columns.npz"
-    stamp = str((folder / "data" / "metadata.json").stat().st_mtime_ns)
+    stamp = str(max(path.stat().st_mtime_ns for path in (folder / "data").rglob("*")))
     columns = read_kept_columns(kept, stamp)
     if columns is None:
         columns = flatten_episodes(dataset_id, storage)
         if os.access(folder, os.W_OK):
             write_atomically(kept, lambda part: np.savez(part, stamp=stamp, **columns))
     meta = storage.metadata
-    score_range = (float(meta.get("ref_min_score", math.nan)),
-                   float(meta.get("ref_max_score", math.nan)))
+    score_range = (meta.get("ref_min_score"), meta.get("ref_max_score"))
+    score_range = NO_RANGE if None in score_range else tuple(map(float, score_range))
     return Source(columns, storage.observation_space, storage.action_space,
                   meta.get("eval_env_spec") or meta.get("env_spec"), score_range)
 
@@ -762,17 +797,20 @@ def flatten_episodes(dataset_id: str, storage) -> dict[str, np.ndarray]:
                disable=None)
     for number, episode in enumerate(bar):
         steps = len(episode["rewards"])
+        if steps == 0:  # the recording stopped right after a reset
+            continue
         obs = flatten_obs(storage.observation_space, episode["observations"])
-        if len(obs) != steps + 1:
+        action = np.asarray(episode["actions"])
+        if len(obs) != steps + 1 or len(action) != steps:
             notice(f"episode {number} of {dataset_id} is left out: it has {len(obs)} observations "
-                   f"for {steps} steps, not {steps + 1}")
+                   f"and {len(action)} actions for {steps} steps, not {steps + 1} and {steps}")
             continue
         terminated = np.array(episode["terminations"], bool).reshape(steps)
         truncated = np.array(episode["truncations"], bool).reshape(steps)
         if number < total - 1:
             truncated[-1] |= not terminated[-1]  # the next episode does not continue this one
         parts["obs"].append(obs[:-1])
-        parts["action"].append(np.asarray(episode["actions"]).reshape(steps, -1))
+        parts["action"].append(action.reshape(steps, -1))
         parts["reward"].append(np.asarray(episode["rewards"], np.float32).reshape(steps))
         parts["next_obs"].append(obs[1:])
         parts["terminated"].append(terminated)
@@ -791,11 +829,8 @@ def flatten_part(space: spaces.Space, values) -> np.ndarray:
     """T values of a space, (T, S); the parts of Dict and Tuple spaces side by side."""
     if isinstance(space, spaces.Box):
         return np.asarray(values, np.float32).reshape(len(values), -1)
-    if isinstance(space, spaces.Dict):
-        parts = [flatten_part(part, values[key]) for key, part in space.spaces.items()]
-        return np.concatenate(parts, axis=1)
-    if isinstance(space, spaces.Tuple):
-        parts = [flatten_part(part, column) for part, column in zip(space.spaces, values)]
+    if isinstance(space, (spaces.Dict, spaces.Tuple)):
+        parts = [flatten_part(part, column) for part, column in parts_of(space, values)]
         return np.concatenate(parts, axis=1)
     return np.stack([np.asarray(spaces.flatten(space, value), np.float32) for value in values])
 
@@ -805,8 +840,9 @@ def read_file(path: Path, eval_env: str) -> Source:
     arrays = read_arrays(path)
     count = len(arrays["rewards"])
     obs = arrays["observations"]
-    bounds = (0, 255) if obs.dtype == np.uint8 else (-np.inf, np.inf)
-    obs_space = spaces.Box(*bounds, obs.shape[1:], obs.dtype)
+    obs_space = spaces.Box(-np.inf, np.inf, obs.shape[1:])
+    if obs.dtype == np.uint8:  # perhaps images
+        obs_space = spaces.Box(0, 255, obs.shape[1:], np.uint8)
     columns = {"obs": flatten_obs(obs_space, obs), "action": arrays["actions"],
                "reward": arrays["rewards"].astype(np.float32).reshape(count),
                "next_obs": None, "terminated": arrays["terminals"].astype(bool).reshape(count)}
@@ -816,8 +852,12 @@ def read_file(path: Path, eval_env: str) -> Source:
     if eval_env not in ("auto", "none"):
         env_name = eval_env
     env = env_with_such_obs(env_name, columns["obs"])
-    if "timeouts" in arrays:
-        columns["truncated"] = arrays["timeouts"].astype(bool).reshape(count)
+    timeouts = arrays.get("timeouts", np.zeros(count))
+    if timeouts.any():  # some files have the key, and nothing in it
+        columns["truncated"] = timeouts.astype(bool).reshape(count)
+    elif "episode_terminals" in arrays:  # d3rlpy 1 marks every end so
+        ends = arrays["episode_terminals"].astype(bool).reshape(count)
+        columns["truncated"] = ends & ~columns["terminated"]
     else:
         columns["truncated"] = find_ends(path.name, columns, env)
     if "next_observations" not in arrays:
@@ -831,27 +871,46 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     if not path.is_file():
         fail(f"{path} is a folder" if path.exists() else f"there is no file {path}")
     if path.suffix.lower() == ".npz":
-        opened = np.load(path)
+        opened = np.lib.npyio.NpzFile(path)  # np.load would take other files for pickles
     else:
         import h5py
 
         opened = h5py.File(path)
     with opened as file:
         found = list(file)
-        arrays = {key: file[key][()] for key in KEYS if key in found}
+        wanted = [key for key in (*KEYS, "episode_terminals") if key in found]
+        arrays = {key: read_array(file, key) for key in wanted}
     missing = [key for key in KEYS[:4] if key not in found]
     if missing:
         fail(f"{path} lacks {', '.join(missing)}; looked for {', '.join(KEYS)}, of which the last "
-             f"two may be absent; found {', '.join(found)}")
+             f"two may be absent; found {', '.join(found) or 'nothing'}")
     count = len(arrays["rewards"])
     if count == 0:
         fail(f"{path} is empty")
     for key, array in arrays.items():
+        if array.dtype.kind not in "biuf":
+            fail(f"{path}: {key} must be an array of numbers with a row for each step, of all "
+                 "episodes one after the other")
         if len(array) != count:
             fail(f"{path}: its columns differ in length: {count} rewards, {len(array)} {key}")
-        if key in ("rewards", "terminals", "timeouts") and array.size != count:
+        if key == "next_observations" and array.shape != arrays["observations"].shape:
+            fail(f"{path}: observations have shape {arrays['observations'].shape}, {key} "
+                 f"{array.shape}")
+        if key.endswith(("observations", "actions")):
+            continue
+        if array.size != count:
             fail(f"{path}: {key} must be one number per row, its shape is {array.shape}")
+        if key != "rewards" and not np.isin(array, (0, 1)).all():
+            fail(f"{path}: {key} must be 0 or 1, found {np.unique(array)[:3]}")
     return arrays
+
+
+def read_array(file, key: str) -> np.ndarray:
+    """The array of this key; one without a number where something else has the key."""
+    try:
+        return np.atleast_1d(file[key][()])
+    except (TypeError, ValueError):  # a group of arrays, or pickled objects
+        return np.array([None])
 
 
 def known_body(path: Path) -> tuple[str | None, float, float]:
@@ -878,10 +937,10 @@ def find_ends(name: str, columns: dict[str, np.ndarray], env: gym.Env | None) ->
     if columns["next_obs"] is not None:
         same = np.isclose(columns["next_obs"][:-1], columns["obs"][1:], rtol=1e-4, atol=1e-5)
         truncated[:-1] = ~same.all(axis=tuple(range(1, same.ndim)))
+    truncated &= ~terminated
     limit = env.spec.max_episode_steps if env else None
     if limit:
         truncated |= steps_in_episode(terminated | truncated) % limit == limit - 1
-    truncated &= ~terminated
     if truncated.any():
         notice(f"{name} has no timeouts; {truncated.sum()} episode ends were found where "
                f"next_observations break and at the time limit ({limit or 'none known'})")
@@ -921,7 +980,7 @@ def file_action_space(name: str, action: np.ndarray, env: gym.Env | None) -> spa
         return space
     if isinstance(space, spaces.Box) and math.prod(space.shape) == numbers:
         return space
-    if whole and np.issubdtype(action.dtype, np.integer):
+    if whole and action.dtype.kind in "biu":
         if action.min() > 0:
             notice(f"{name} has no action 0; discrete actions are counted from 0")
         return spaces.Discrete(max(1, int(action.max()) + 1))
@@ -933,10 +992,18 @@ def check_source(name: str, source: Source, discrete: bool | None, images: bool)
     if not len(source.columns["reward"]):
         fail(f"{name} has no transition whose next observation is known")
     for key, column in source.columns.items():
-        if np.issubdtype(column.dtype, np.floating) and not np.isfinite(column).all():
-            bad = ~np.isfinite(column.reshape(len(column), -1)).all(axis=1)
+        if not np.issubdtype(column.dtype, np.floating):
+            continue
+        with np.errstate(over="ignore"):  # actions may still be float64
+            finite = np.isfinite(column.astype(np.float32, copy=False))
+        if not finite.all():
+            bad = ~finite.reshape(len(column), -1).all(axis=1)
             fail(f"{name} has numbers in {key} that are not finite in float32, in {bad.sum()} "
                  f"transitions, the first are {np.flatnonzero(bad)[:3].tolist()}")
+    timeouts = source.columns["truncated"]
+    if timeouts.any() and source.columns["terminated"][timeouts].all():
+        notice(f"every timeout of {name} is a terminal too; a clock that runs out ends a recording "
+               "and no task, so if these terminals mark the clock, set them to 0")
     if is_image(source.obs_space) and not images:
         fail(f"{name} has images of shape {source.obs_space.shape} as observations; dqn.py and "
              "rem.py take images")
@@ -948,6 +1015,19 @@ def check_source(name: str, source: Source, discrete: bool | None, images: bool)
     if discrete is True and not found:
         fail(f"{name} has continuous actions, this algorithm needs discrete ones (an integer per "
              "transition); for continuous ones there is td3_bc.py")
+
+
+def known_next(data: Dataset, falls: Tensor) -> Tensor:
+    """Whether a row's next_obs is what followed, (N,), for files that fit a model.
+
+    `falls` says where the environment ends an episode, (N,).
+    """
+    lives = ~data.terminated.bool()
+    if (falls & lives).float().mean() > 0.01:
+        fail(f"{data.name} goes on where {data.recorded_env} ends an episode; was it recorded with "
+             "other arguments, as terminate_when_unhealthy=False?")
+    # in some D4RL files another episode's start follows a termination: that is no fall
+    return lives | falls
 
 
 def check_action_space(name: str, space: spaces.Space) -> None:
@@ -976,7 +1056,8 @@ def scale_actions(name: str, action: np.ndarray,
     if action.shape[1:] != low.shape:
         fail(f"{name} has actions of shape {action.shape[1:]}, its action space {low.shape}")
     action = action.astype(np.float32)
-    unbounded = ~np.isfinite(low) | ~np.isfinite(high)
+    with np.errstate(over="ignore"):  # some write the largest number for infinity
+        unbounded = ~np.isfinite(np.float32(high) - np.float32(low))
     if unbounded.any():
         notice(f"{name} has no finite action bounds; its smallest and largest actions are taken")
         low = np.where(unbounded, action.min(axis=0), low)
@@ -1001,7 +1082,7 @@ def action_units(low, high) -> tuple[np.ndarray, np.ndarray]:
 def split_episodes(data: Dataset, holdout: float, held_out: bool) -> None:
     """Keeps the episodes for training, or those held out. Data and share alone decide which."""
     starts, stops = data.episodes()
-    count = round(holdout * len(starts))
+    count = round(holdout * len(starts)) if 0 < holdout < 1 else 0
     if not 0 < count < len(starts):
         fail(f"--holdout {holdout} of {data.name}'s {len(starts)} episodes leaves one side empty")
     order = np.random.default_rng(0).permutation(len(starts))
@@ -1029,14 +1110,15 @@ def choose_env(name: str, source: Source,
         wanted = encoded_shape(env.observation_space)
         env.close()
     except Exception as error:
-        shown = env_id(recorded) if recorded.startswith("{") else recorded
-        message = f"the environment {shown} can't be made here ({type(error).__name__}: {error})"
+        message = (f"the environment {env_id(recorded)} can't be made here "
+                   f"({type(error).__name__}: {error})")
         if eval_env != "auto":
             fail(message)
         notice(f"{message}; nothing is evaluated")
         return None, score_range
     found = source.columns["obs"].shape[1:]
     if wanted == found and can_play(env.action_space, source.action_space):
+        check_bounds(name, source.action_space, env)
         return limit_time(env_spec, source.columns), score_range
     message = (f"{name} has observations of shape {found} and actions {source.action_space}, "
                f"{env_id(env_spec)} has {wanted} and {env.action_space}")
@@ -1057,6 +1139,15 @@ def can_play(space: spaces.Space, recorded: spaces.Space) -> bool:
     return space == recorded
 
 
+def check_bounds(name: str, recorded: spaces.Space, env: gym.Env) -> None:
+    """Says so where the environment takes other actions than the data have."""
+    bounds = [(box.low.ravel(), box.high.ravel()) for box in (recorded, env.action_space)
+              if isinstance(box, spaces.Box)]
+    if bounds and not np.allclose(*bounds):
+        notice(f"{name} has actions {recorded}, {env.spec.id} takes {env.action_space}; they are "
+               "played as they are, and clipped")
+
+
 def limit_time(env_spec: str, columns: dict[str, np.ndarray]) -> str:
     """Where an environment has no time limit, an episode ends after the longest of the data."""
     spec = json.loads(env_spec)
@@ -1071,7 +1162,10 @@ def limit_time(env_spec: str, columns: dict[str, np.ndarray]) -> str:
 def clean_spec(env: str) -> str:
     """A specification in JSON, without what can't or needn't be rebuilt here."""
     if not env.startswith("{"):
-        return make_env(env).spec.to_json()
+        spec = make_env(env).spec
+        if isinstance(spec.entry_point, type):  # registered as a class, which JSON can't hold
+            spec.entry_point = f"{spec.entry_point.__module__}:{spec.entry_point.__qualname__}"
+        return spec.to_json()
     known = set(EnvSpec.__dataclass_fields__) - {"namespace", "name", "version"}
     spec = {key: value for key, value in json.loads(env).items() if key in known}
     spec["kwargs"] = dict(spec.get("kwargs") or {})
@@ -1080,7 +1174,11 @@ def clean_spec(env: str) -> str:
     for wrapper in spec.get("additional_wrappers") or []:
         if wrapper["kwargs"] is None:
             notice(f"the wrapper {wrapper['name']} of the recording can't be rebuilt; left out")
-        elif wrapper["name"] not in DESKTOP_WRAPPERS:
+            continue
+        if wrapper["name"].startswith("Normalize"):
+            notice(f"{wrapper['name']} counts anew in evaluation, so its numbers there are not on "
+                   "the scale of the recording")
+        if wrapper["name"] not in DESKTOP_WRAPPERS:
             wrappers.append(wrapper)
     spec["additional_wrappers"] = wrappers
     return json.dumps(spec)
@@ -1155,7 +1253,15 @@ def load_policy(path: str | Path, device="cpu") -> Callable:
         actor.load_state_dict(saved["actor"])
     except Exception as error:
         fail(f"can't load the policy {path}: {type(error).__name__}, {error}")
-    return actor.to(device).act
+    act = actor.to(device).act
+    return act if hasattr(act, "start") else MethodType(act_on, actor)
+
+
+def act_on(actor: torch.nn.Module, obs) -> Tensor:
+    """actor.act of numpy's arrays and float64 too, as simulators give them."""
+    weight = next(actor.parameters())
+    obs = torch.as_tensor(obs, device=weight.device)
+    return actor.act(obs.to(weight.dtype) if obs.is_floating_point() else obs)
 
 
 def export_policy(actor: torch.nn.Module, obs: Tensor, path: Path) -> None:

@@ -338,6 +338,7 @@ class Player:
             raise ValueError(f"{len(obs)} observations for {len(self.obs)} episodes: call start")
         # the newest step enters without its action, which (E4) hides; the oldest of more than K
         # leaves
+        obs = torch.as_tensor(obs).to(actor.obs_mean)  # simulators give float64
         obs = ((obs - actor.obs_mean) / actor.obs_std).unsqueeze(1)  # (E, 1, S)
         asked = torch.as_tensor(self.still_asked, device=obs.device) / actor.return_scale  # (E,)
         self.obs = torch.cat([self.obs, obs], dim=1)[:, -CONTEXT:]

@@ -49,9 +49,8 @@ Expect:  the true order among policies near the data, and too large values for t
 import copy
 import json
 import math
-import re
 import sys
-import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -64,10 +63,11 @@ from common import (
     env_id,
     evaluate,
     fail,
-    is_file,
     load_dataset,
     load_policy,
     record_on_cuda,
+    run_folder,
+    take_folder,
     use_threads,
     write_json,
 )
@@ -181,17 +181,12 @@ def load_policies(paths: list[Path], data: Dataset) -> dict:
 
 def rollout_return(path: Path, act, data: Dataset, args: Args) -> float:
     """The mean return: from the policy's own run, if that is beside it; otherwise it plays."""
-    record = path.with_name("result.json")
-    if record.exists():
-        returns = json.loads(record.read_text())["final_returns"]
+    with suppress(OSError, ValueError, KeyError):  # there is none, or it is damaged
+        returns = json.loads(path.with_name("result.json").read_text())["final_returns"]
         if returns:
             return float(np.mean(returns))
-    max_steps = None
-    if not json.loads(data.env_spec).get("max_episode_steps"):
-        starts, stops = data.episodes()
-        max_steps = int((stops - starts).max())
     seed = 10**6 * (args.seed + 1000)
-    returns = evaluate(act, data.env_spec, args.final_episodes, seed, data.device, max_steps)
+    returns = evaluate(act, data.env_spec, args.final_episodes, seed, data.device)
     return float(returns.mean())
 
 
@@ -316,15 +311,6 @@ def compare(values: np.ndarray, returns: list[float] | None) -> dict:
     return {"estimates": values.tolist(), "spearman": correlation, "regret": regret}
 
 
-def take_folder(args: Args) -> Path:
-    """The folder of this run; an earlier run of this name is kept under another."""
-    env = Path(args.env).stem if is_file(args.env) else args.env
-    folder = Path(args.out) / "fqe" / re.sub(r"[^\w.-]", "_", env) / f"seed{args.seed}"
-    if folder.exists():
-        folder.rename(f"{folder}.{time.strftime('%Y%m%d-%H%M%S')}")
-    return folder
-
-
 def show(result: dict, folder: Path) -> None:
     """The policies by their estimates, the best first."""
     for one in sorted(result["policies"], key=lambda one: -one["estimate"]):
@@ -339,7 +325,7 @@ def show(result: dict, folder: Path) -> None:
 
 def train(args: Args) -> None:
     check_range(args, "steps batch_size eval_every final_episodes", 1)
-    check_range(args, "seed threads weight_decay", 0)
+    check_range(args, "seed threads weight_decay", 0, 2**31 - 1)
     check_range(args, "target_rate", 0, 1)
     if not 0 <= args.gamma < 1:
         fail(f"--gamma must be at least 0 and below 1, not {args.gamma}")
@@ -356,7 +342,8 @@ def train(args: Args) -> None:
         returns = [rollout_return(path, act, data, args) for path, act in policies.items()]
     dataset = data.describe()
     torch.manual_seed(args.seed)
-    folder = take_folder(args)
+    folder = run_folder(args, "fqe")
+    lock = take_folder(folder)
 
     first = torch.as_tensor(data.episodes()[0], device=data.device)  # (E,) row numbers
     next_actions = policy_actions(acts, data.next_obs, data)  # (N, P, A)
@@ -385,10 +372,9 @@ def train(args: Args) -> None:
             values = estimate_values(critic_target, first_obs, first_action, scale, args.gamma)
             estimates = compare(values.cpu().numpy(), returns)
             curve.append({"step": step, "loss": float(loss)} | estimates)
-            judged = []
-            for i, path in enumerate(policies):
-                judged.append({"policy": str(path), "estimate": estimates["estimates"][i],
-                               "return_mean": returns[i] if returns else None})
+            judged = [{"policy": str(path), "estimate": estimates["estimates"][i],
+                       "return_mean": returns[i] if returns else None}
+                      for i, path in enumerate(policies)]
             result = {"algorithm": "fqe", "env": args.env, "seed": args.seed, "steps": step,
                       "args": asdict(args), "dataset": dataset, "env_id": env_id(data.env_spec),
                       "policies": judged, "spearman": estimates["spearman"],
@@ -397,6 +383,7 @@ def train(args: Args) -> None:
     except KeyboardInterrupt:
         fail(f"stopped; the estimates so far, if any, are in {folder}")
     show(result, folder)
+    lock.close()
 
 
 if __name__ == "__main__":

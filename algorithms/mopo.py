@@ -61,6 +61,7 @@ from common import (
     Run,
     check_range,
     fail,
+    known_next,
     load_dataset,
     parse_args,
     record_on_cuda,
@@ -292,8 +293,7 @@ def model_rows(data: Dataset) -> tuple[Tensor, Tensor]:
     env = data.recorded_env or "no known environment"
     if env not in FALLS:
         fail(f"{data.name} is of {env}; episode ends are known of {', '.join(FALLS)} only")
-    # in some D4RL files another episode's start follows a termination: that is no fall
-    known = ~data.terminated.bool() | FALLS[env](data.next_obs)
+    known = known_next(data, FALLS[env](data.next_obs))
     if known.sum() < 10:
         fail(f"{data.name} has fewer than 10 transitions that continue or end in a fall")
     x = torch.cat([data.obs, data.action], dim=1)

@@ -1,4 +1,4 @@
-"""The small inputs of ../shared/cases/CASES.md, as people have them: a test for each row, named in its docstring.
+"""Small inputs as people have them, after public questions and bug reports: a test for each, with its row number.
 
 Not tested here, and why:
   7   Adroit door: needs gymnasium-robotics, which is not among the requirements; its parts are rows 6, 20 and 48.
@@ -9,6 +9,7 @@ Of row 75, filming has its own tests (tests/test_play.py); here a saved policy r
 import copy
 import ctypes
 import importlib.util
+import io
 import json
 import os
 import re
@@ -38,6 +39,7 @@ OBS = {
     "tuple": spaces.Tuple((spaces.Discrete(2, start=1), spaces.Box(-1, 1, (2,), np.float32))),
     "rooms": spaces.Discrete(4), "counts": spaces.MultiDiscrete([3, 4]), "bytes": spaces.Box(0, 255, (6,), np.uint8),
     "image": spaces.Box(0, 255, (40, 40, 3), np.uint8),
+    "ordered": spaces.Dict([("z", spaces.Box(-1, 1, (2,), np.float32)), ("a", spaces.Tuple((spaces.Text(5), spaces.MultiBinary(2))))]),
 }
 ACTIONS = {
     "box": spaces.Box(-2, 2, (2,), np.float32), "lopsided": spaces.Box(np.float32([0, -3]), np.float32([10, 1])),
@@ -138,6 +140,8 @@ def record(name: str, env: gym.Env, episodes: int = 3, steps: int = 400, act=Non
 
 def stack(space, values):
     """Observations as Minari keeps them: the parts of a Dict or a Tuple apart."""
+    if isinstance(space, spaces.Text):
+        return values
     if isinstance(space, spaces.Dict):
         return {key: stack(part, [value[key] for value in values]) for key, part in space.spaces.items()}
     if isinstance(space, spaces.Tuple):
@@ -244,7 +248,8 @@ def test_a_share_of_the_episodes_is_held_out(capsys):
     assert not rows[0] & rows[1] and len(rows[0] | rows[1]) == 100
     assert torch.equal(load(path, holdout=0.3).obs, rest.obs)
     assert "one side empty" in refused(capsys, lambda: load(path, holdout=0.01))
-    assert "one side empty" in refused(capsys, lambda: load(path, holdout=-1.0))
+    for share in (-1.0, 1.0, float("nan"), float("inf")):
+        assert "one side empty" in refused(capsys, lambda share=share: load(path, holdout=share))
 
 
 def test_an_environment_of_ones_own(register, capsys):
@@ -278,6 +283,13 @@ def test_a_wrapper_that_cannot_be_rebuilt(register, capsys):
     data = load("my/monitor-v0")
     (line,) = notes(capsys)
     assert "Monitor" in line and common.evaluate(lambda obs: torch.zeros(len(obs), 2), data.env_spec, 1) == [6]
+
+
+def test_a_wrapper_that_counts(register, capsys):
+    """NormalizeObservation and NormalizeReward begin without statistics: a line says so."""
+    record("my/normal-v0", gym.wrappers.NormalizeReward(gym.wrappers.NormalizeObservation(register("Normal-v0"))))
+    assert load("my/normal-v0").env_spec
+    assert [line.split()[1] for line in notes(capsys)] == ["NormalizeObservation", "NormalizeReward"]
 
 
 def test_the_recorded_time_limit(register):
@@ -372,9 +384,9 @@ def test_another_environment_to_evaluate_in(register, capsys):
 
 
 @pytest.mark.parametrize("obs, size", [("grid", 25), ("dict", 2 + 4 + 1600 + 3), ("tuple", 4), ("rooms", 4), ("counts", 7),
-                                       ("bytes", 6)])
+                                       ("bytes", 6), ("ordered", 9)])
 def test_observations_are_flattened_alike_in_loading_and_in_evaluation(register, obs, size):
-    """Rows 20, 22 and 32: Dict, Tuple, matrices, counts. The first observations of the data are seen again in evaluation."""
+    """Rows 20, 22 and 32: Dict, Tuple, matrices, counts; a Dict in the environment's order, which Minari forgets. The first observations of the data are seen again in evaluation."""
     record("my/spaces-v0", register("Spaces-v0", obs=obs), act=lambda: np.zeros(2, np.float32))
     data, seen = load("my/spaces-v0"), []
     assert data.obs.shape == (18, size) and data.obs.dtype == torch.float32
@@ -482,8 +494,8 @@ def test_recorded_actions_beyond_the_bounds(capsys):
 def test_a_file_without_timeouts(capsys):
     """Row 40: cut at the time limit of the environment, and where next_observations break."""
     arrays = columns(1000, every=200)
-    for missing in (("timeouts",), ("timeouts", "next_observations")):
-        data = load(save("pendulum.hdf5", without(arrays, *missing)))
+    for missing in ((), ("timeouts",), ("timeouts", "next_observations")):  # not one of maze2d's timeouts is true
+        data = load(save("pendulum.hdf5", without(arrays | {"timeouts": np.zeros(1000, bool)}, *missing)))
         assert len(data.returns()) == 5 and "no timeouts" in notes(capsys)[0]
         index = data.episodes()[1] - 1
         torch.testing.assert_close(data.next_obs[index], data.obs[index] + 0.1)  # not the next episode's first state
@@ -687,7 +699,191 @@ def test_actions_at_the_bounds_and_columns_that_never_change(name, monkeypatch):
                 assert all(bool(p.isfinite().all()) for p in part.parameters())
 
 
+# ---- kinds beyond the table
+
+
+@pytest.mark.parametrize("key, values, line", [
+    ("rewards", np.array(["1"] * 40), "must be an array of numbers"), ("terminals", np.array([b"False"] * 40), "must be an array of numbers"),
+    ("actions", np.array([np.zeros(3), None], object), "must be an array of numbers"), ("rewards", np.float32(1), "differ in length"),
+    ("terminals", np.full(40, np.nan), "terminals must be 0 or 1, found [nan]"), ("timeouts", np.array([-1, 1] * 20), "must be 0 or 1"),
+    ("next_observations", np.zeros((40, 2)), "observations have shape (40, 3), next_observations (40, 2)"),
+    ("actions", np.append(np.zeros(39), 1e300), "in action that are not finite in float32, in 1 transitions, the first are [39]"),
+])
+def test_columns_that_are_something_else(capsys, key, values, line):
+    """The text "False" is true, NaN is true, one number is every row's, 1e300 is infinite: all would train."""
+    assert line in refused(capsys, lambda: load(save("log.npz", columns() | {key: values}), discrete=None))
+
+
+def test_files_that_are_something_else(capsys):
+    """Parts in a group; a pickle, and an HDF5 file, under another name: not the advice to allow pickles."""
+    arrays = columns()
+    path = save("dict.h5", without(arrays, "observations") | {"observations/place": arrays["observations"]})
+    assert "observations must be an array of numbers" in refused(capsys, lambda: load(path))
+    os.rename(save("log.h5", arrays), "log.npz")
+    line = refused(capsys, lambda: load("log.npz"))
+    assert "not a zip file" in line and "pickle" not in line
+    assert "found nothing" in refused(capsys, lambda: load(save("none.npz", {})))
+
+
+@pytest.mark.parametrize("dtype", [bool, np.uint16, ">f8"])
+def test_further_number_types(dtype):
+    """Observations as switches and as counts; switches as actions are numbered ones."""
+    arrays = columns()
+    obs = {key: (10 * arrays[key]).astype(dtype) for key in ("observations", "next_observations")}
+    data = load(save("log.npz", arrays | obs | {"actions": np.arange(40) % 2 == 0}), discrete=True)
+    assert data.num_actions == 2 and data.obs.dtype == torch.float32
+    np.testing.assert_allclose(data.obs, obs["observations"].astype(np.float32))
+
+
+def test_a_dump_of_d3rlpy_1():
+    """episode_terminals marks every end, terminals those of the task."""
+    arrays = without(columns(), "timeouts", "next_observations") | {"episode_terminals": np.arange(40) % 10 == 9, "version": "1.0"}
+    arrays["terminals"] = np.arange(40) == 19
+    data = load(save("d3rlpy.h5", arrays))
+    assert len(data.returns()) == 4 and data.truncated.sum() == 3 and data.terminated.nonzero().tolist() == [[18]]
+
+
+def test_terminals_that_mark_the_clock(capsys):
+    """`done` of older programs, with and without timeouts: a line, as Q would learn that nothing follows. Else there is none."""
+    arrays = columns(400, every=200)
+    clock = arrays["timeouts"].copy()
+    for given in (arrays | {"terminals": clock}, without(arrays, "timeouts") | {"terminals": clock}):
+        load(save("pendulum.npz", given))
+        assert "every timeout of pendulum.npz is a terminal too" in notes(capsys)[-1]
+    for given in (arrays, arrays | {"terminals": np.arange(400) == 20}, without(arrays, "timeouts")):
+        load(save("pendulum.npz", given))
+        assert not any("every timeout" in line for line in notes(capsys))
+
+
+def test_bounds_that_are_the_largest_number(register, capsys, monkeypatch):
+    """They are none: half their distance is infinite in float32."""
+    most = np.finfo(np.float32).max
+    monkeypatch.setitem(ACTIONS, "most", spaces.Box(-most, most, (2,), np.float32))
+    register("Most-v0", action="most")
+    data = load(save("log.npz", columns(action=2)), eval_env="Most-v0")
+    assert "no finite action bounds" in notes(capsys)[0] and data.action.min() == -1 and data.action.max() == 1
+
+
+def test_an_environment_with_other_bounds_than_the_data(register, capsys):
+    """Actions are played as recorded; normalised ones would be too small, so a line says what either has."""
+    record("my/wide-v0", register("Wide-v0"))
+    register("Narrow-v0", action="lopsided")
+    assert load("my/wide-v0").env_spec and not notes(capsys)
+    load("my/wide-v0", eval_env="Narrow-v0")
+    (line,) = notes(capsys)
+    assert "my/wide-v0 has actions Box(-2.0, 2.0" in line and "Narrow-v0 takes Box([ 0. -3.]" in line
+
+
+def test_episodes_without_a_step_and_with_other_actions(register, capsys):
+    """A recording stopped right after a reset has nothing; an action too many is named."""
+    record("my/odd-v0", register("Odd-v0"), episodes=4)
+    with h5py.File(minari.storage.get_dataset_path("my/odd-v0") / "data" / "main_data.hdf5", "a") as file:
+        for key, array in {key: file["episode_3"][key][:0] for key in ("actions", "rewards", "terminations", "truncations")}.items():
+            del file["episode_3"][key]
+            file["episode_3"][key] = array
+        del file["episode_1"]["actions"]
+        file["episode_1"]["actions"] = np.zeros((7, 2))
+    assert load("my/odd-v0").size == 12
+    (line,) = notes(capsys)
+    assert "episode 1 of my/odd-v0 is left out: it has 7 observations and 7 actions for 6 steps" in line
+
+
+def test_rewards_that_were_changed_after_a_first_run(register):
+    """In the file itself, which no metadata tell: the kept columns are old then."""
+    record("my/relabelled-v0", register("Relabelled-v0"))
+    assert load("my/relabelled-v0").returns().tolist() == [6, 6, 6]
+    with h5py.File(minari.storage.get_dataset_path("my/relabelled-v0") / "data" / "main_data.hdf5", "a") as file:
+        for episode in file.values():
+            episode["rewards"][:] = 2
+    assert load("my/relabelled-v0").returns().tolist() == [12, 12, 12]
+
+
+@pytest.mark.parametrize("low, high", [(None, None), (None, 1.0), (1.0, 1.0)])
+def test_reference_scores_that_give_no_scale(register, low, high):
+    """null, or equal: the run has no score."""
+    record("my/scores-v0", register("Scores-v0"))
+    edit_metadata("my/scores-v0", lambda meta, spec: meta.update(ref_min_score=low, ref_max_score=high))
+    assert load("my/scores-v0").score([1.0]) is None
+
+
+@pytest.mark.parametrize("spec", ["{half", "{}"])
+def test_a_specification_that_is_damaged(register, capsys, spec):
+    """As one that can't be rebuilt: it trains, and a line says that nothing is evaluated."""
+    record("my/spec-v0", register("Spec-v0"))
+    path = minari.storage.get_dataset_path("my/spec-v0") / "data" / "metadata.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"env_spec": spec}))
+    assert load("my/spec-v0").env_spec is None and "nothing is evaluated" in notes(capsys)[0]
+
+
+def test_a_folder_for_datasets_that_cannot_be(capsys, monkeypatch, tmp_path):
+    """Minari makes it at the first look: no HOME, a read-only disk, a file in its place."""
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "file"))
+    for name in ("my/thing-v0", "pendulum-random"):
+        assert "MINARI_DATASETS_PATH names another" in refused(capsys, lambda name=name: load(name))
+
+
+def test_an_id_without_a_version(capsys):
+    """Not a riddle of Minari's about int()."""
+    assert "a Minari id ends in its version" in refused(capsys, lambda: load("mujoco/hopper/expert"))
+
+
+def test_an_environment_registered_as_a_class(capsys):
+    """JSON can't hold a class, but its name."""
+    gym.register("Class-v0", World, max_episode_steps=6)
+    try:
+        data = load(save("log.npz", columns(action=2)), eval_env="Class-v0")
+    finally:
+        del gym.registry["Class-v0"]
+    assert common.evaluate(lambda obs: torch.zeros(len(obs), 2), data.env_spec, 1) == [6]
+
+
+def test_an_environment_that_seeds_numpy(register, monkeypatch):
+    """numpy's own random state takes 32 bits; an evaluation's seed is 10⁶ times the run's."""
+    reset = World.reset
+    monkeypatch.setattr(World, "reset", lambda env, *, seed=None, options=None: np.random.seed(seed) or reset(env, seed=seed))
+    register("Seeded-v0")
+    assert train("bc", save("log.npz", columns(action=2)), eval_env="Seeded-v0", seed=5000)["final_returns"] == [6]
+
+
+@pytest.mark.parametrize("name", ["mopo", "morel", "combo"])
+def test_a_body_that_may_lie_on_the_floor(name, capsys):
+    """The files with a model end its episodes by the body's own rule; data of another rule are refused."""
+    record("my/floor-v0", gym.make("Hopper-v5", max_episode_steps=60, terminate_when_unhealthy=False), episodes=1)
+    data = load("my/floor-v0")
+    assert "terminate_when_unhealthy" in refused(capsys, lambda: importlib.import_module(name).model_rows(data))
+    record("my/falls-v0", gym.make("Hopper-v5"), episodes=1)
+    assert len(importlib.import_module(name).model_rows(load("my/falls-v0"))[0]) == load("my/falls-v0").size
+
+
+def test_a_terminal_without_the_sign(monkeypatch):
+    """± in ASCII: a question mark, not the end of the run."""
+    out = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    spec = importlib.util.spec_from_file_location("common_again", ROOT / "common.py")
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    print("±", flush=True)
+    assert out.buffer.getvalue() == b"?\n"
+
+
 # ---- runs
+
+
+def test_judging_twice_and_beside_a_damaged_result(capsys):
+    """fqe.py keeps its earlier results, also of the same second, and shares its folder with no other process."""
+    import fqe
+    path = save("pendulum-log.npz", columns())
+    train("bc", path)
+    (run_of("bc") / "result.json").write_text("{half")
+    args = fqe.Args(env=path, policies=(str(run_of("bc")),), steps=1, final_episodes=1, device="cpu", out="runs")
+    for _ in range(3):
+        fqe.train(args)
+    assert len(list(run_of("fqe").parent.glob("seed0*/result.json"))) == 3
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "lock_file", lambda path: None)
+        assert "another process is writing" in refused(capsys, lambda: fqe.train(args))
+    args.seed = 10**20
+    assert "--seed must be between" in refused(capsys, lambda: fqe.train(args))
 
 
 @pytest.fixture
@@ -740,6 +936,10 @@ def test_resuming_after_the_end(log, capsys):
     assert "is of step 6, more than --steps 5" in refused(capsys, lambda: train("bc", log, steps=5, resume=True))
     line = refused(capsys, lambda: train("bc", log, steps=8, actor_lr=1e-5, resume=True))
     assert "actor_lr was 0.0003" in line
+    os.rename("log.npz", "moved.npz")
+    os.mkdir("disk")
+    os.rename("moved.npz", "disk/log.npz")
+    assert train("bc", "disk/log.npz", steps=7, resume=True)["steps"] == 7  # the data count, not where they lie
     save("log.npz", columns(50))
     assert "data was" in refused(capsys, lambda: train("bc", log, steps=8, resume=True))
 
@@ -827,6 +1027,21 @@ def test_a_saved_policy_repeats_the_runs_own_return():
     returns = common.evaluate(act, saved["env_spec"], 2, 10**6 * 1000)
     assert returns.tolist() == result["final_returns"]
     assert all(value.device.type == "cpu" for value in saved["actor"].values())
+
+
+@pytest.mark.parametrize("name", ["bc", "decision_transformer", "dqn"])
+def test_a_saved_policy_takes_what_a_simulator_gives(name):
+    """Row 75: numpy's float64, which torch would not multiply with float32."""
+    obs = np.random.default_rng(0).normal(size=(2, 3))
+    actions = {"actions": np.arange(40) % 2} if name == "dqn" else {}
+    train(name, save("log.npz", columns() | actions))
+    act = common.load_policy(run_of(name))
+    given = []
+    for form in (torch.tensor(obs, dtype=torch.float32), torch.tensor(obs), obs):
+        if hasattr(act, "start"):
+            act.start(2)
+        given.append(act(form))
+    assert torch.equal(given[0], given[1]) and torch.equal(given[0], given[2])
 
 
 def test_a_policy_that_cannot_be_loaded(tmp_path, capsys):
