@@ -307,12 +307,12 @@ def decode_action(space: spaces.Space, action: np.ndarray):
 
 
 def evaluate(act: Callable, env_spec: str, episodes: int, seed: int = 0, device="cpu",
-             max_steps: int | None = None, record: Callable | None = None) -> np.ndarray:
+             record: Callable | None = None) -> np.ndarray:
     """Undiscounted returns (E,) of a policy, act: raw observations (E, S) -> own actions (E, A).
 
     Episode i starts from seed + i. Up to MAX_ENVS episodes are played at a time, with one call of
     act for all: row i remains one episode until the last one ends, and act's answer for an ended
-    episode is ignored. `max_steps` ends an episode where the environment sets no limit.
+    episode is ignored.
     `record(i, obs, action, reward, next_obs, terminated, truncated)` sees each transition.
     A policy with a memory has act.start(rows) and, called after each step, act.record(row, reward).
     """
@@ -323,7 +323,7 @@ def evaluate(act: Callable, env_spec: str, episodes: int, seed: int = 0, device=
             envs.append(make_env(env_spec))
         for first in range(0, episodes, MAX_ENVS):
             group = envs[:episodes - first]
-            returns += play(act, group, first, seed, device, max_steps, record)
+            returns += play(act, group, first, seed, device, record)
     finally:
         for env in envs:
             env.close()
@@ -331,7 +331,7 @@ def evaluate(act: Callable, env_spec: str, episodes: int, seed: int = 0, device=
 
 
 def play(act: Callable, envs: list[gym.Env], first: int, seed: int, device,
-         max_steps: int | None, record: Callable | None) -> list[float]:
+         record: Callable | None) -> list[float]:
     """One group of episodes, as described in evaluate; `first` is the number of its first."""
     obs_space = envs[0].observation_space
     action_space = envs[0].action_space
@@ -342,9 +342,7 @@ def play(act: Callable, envs: list[gym.Env], first: int, seed: int, device,
         act.start(len(envs))
     returns = [0.0] * len(envs)
     alive = list(range(len(envs)))
-    step = 0
     while alive:
-        step += 1
         action = act(torch.as_tensor(obs, device=device)).cpu().numpy()  # (E, A)
         for i in tuple(alive):
             own = decode_action(action_space, action[i])
@@ -352,7 +350,7 @@ def play(act: Callable, envs: list[gym.Env], first: int, seed: int, device,
             next_obs = encode_obs(obs_space, next_obs)
             reward = float(np.asarray(reward).item())  # some environments give an array (1,)
             terminated = bool(terminated)
-            truncated = bool(truncated) or step == max_steps
+            truncated = bool(truncated)
             if record:
                 record(first + i, obs[i].copy(), action[i], reward, next_obs, terminated, truncated)
             if hasattr(act, "record"):
@@ -421,7 +419,6 @@ class Run:
         self.algorithm = self.module + variant
         self.folder = run_folder(args, self.algorithm)
         self.checkpoint = self.folder / "checkpoint.pt"
-        self.max_steps = None  # of an evaluation's episode: data.env_spec has the limit
         self.curve = []
         self.seconds = 0.0  # of training
         self.due = None  # (step, metrics) of a checkpoint whose evaluation is still to come

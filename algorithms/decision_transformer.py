@@ -392,7 +392,7 @@ def train(args: Args) -> None:
     if data.env_spec:
         second = target / 2 if target > 0 else 2 * target  # [D4]
         returns = evaluate(Player(actor, second), data.env_spec, args.final_episodes,
-                           10**6 * (args.seed + 1000), data.device, run.max_steps)
+                           10**6 * (args.seed + 1000), data.device)
         print(f"asked for {second:.1f}: return {returns.mean():.1f} ± {returns.std():.1f}")
 
 

@@ -9,7 +9,6 @@ A GIF needs nothing more; an .mp4 needs `pip install imageio-ffmpeg`. MuJoCo dra
 where EGL is installed (on Debian: apt install libegl1).
 """
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
@@ -115,8 +114,7 @@ def main() -> None:
     for run in options.runs:
         env_spec = env_of(run)
         act = load_policy(run)
-        returns = evaluate(act, env_spec, options.episodes, options.seed,
-                           max_steps=json.loads(env_spec).get("max_episode_steps") or 1000)
+        returns = evaluate(act, env_spec, options.episodes, options.seed)
         low, high = ranges.get(env_id(env_spec), (np.nan, np.nan))
         score = 100 * (returns.mean() - low) / (high - low)
         shown = "" if np.isnan(score) else f"   score {score:.1f}"

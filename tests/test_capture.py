@@ -183,7 +183,6 @@ class FolderRun(SilentRun):
     folder = None
     stop = unsaved = False
     curve = ()
-    max_steps = None
     dataset = dict(fingerprint="tiny")
     since = 0.0
 

@@ -164,7 +164,8 @@ def test_a_policy_with_a_memory_is_told_what_happens():
             self.log.append(("record", i))
 
     act = Memory()
-    common.evaluate(act, "Pendulum-v1", 2, max_steps=2)
+    two_steps = gym.make("Pendulum-v1", max_episode_steps=2).spec.to_json()
+    common.evaluate(act, two_steps, 2)
     step = [("act", 2), ("record", 0), ("record", 1)]
     assert act.log == [("start", 2), *step, *step]
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 from decision_transformer import Actor, Args, Player, Window
 from helpers import (
-    SilentRun,
     assert_close,
     assert_gradient,
     flat,
@@ -28,7 +27,6 @@ def small(exact, monkeypatch):
     for name, value in dict(CONTEXT=4, WIDTH=6, LAYERS=2, HEADS=2, MAX_STEPS=9).items():
         monkeypatch.setattr(dt, name, value)
     monkeypatch.setattr(dt, "evaluate", lambda *_: np.zeros(1))
-    monkeypatch.setattr(SilentRun, "max_steps", 77, raising=False)
 
 
 def window(lengths=(4, 2, 1), steps=4, obs_dim=3, action_dim=2):
@@ -355,8 +353,8 @@ def test_train_standardises_without_a_floor_and_asks_for_the_best(monkeypatch, c
     assert_close(data.obs, (raw - actor.obs_mean) / actor.obs_std)
     assert_close(actor.action_mid, data.action_mid), assert_close(actor.action_half, data.action_half)
     assert actor.target_return == 24 and actor.return_scale == 50
-    (target, (env_spec, episodes, seed, device, max_steps)), = asked
-    assert (target, common.env_id(env_spec), episodes, seed, max_steps) == (12.0, "Pendulum-v1", 7, 10**9, 77)
+    (target, (env_spec, episodes, seed, device)), = asked
+    assert (target, common.env_id(env_spec), episodes, seed) == (12.0, "Pendulum-v1", 7, 10**9)
     assert "asks for a return of 24.0" in (said := capsys.readouterr().out) and "asked for 12.0: return 6.0 ± 1.0" in said
 
 
