@@ -21,10 +21,10 @@ import gymnasium as gym
 import numpy as np
 import torch
 from gymnasium import spaces
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 WIDTH, HEIGHT = 320, 240  # pixels of one policy's picture
-FRAMES_PER_SECOND = 25
+FRAMES_PER_SECOND = 16
 
 
 def env_of(run: Path) -> str:
@@ -41,7 +41,9 @@ def env_of(run: Path) -> str:
 def film(act, env_spec: str, seed: int, most_steps: int) -> list[Image.Image]:
     """One episode as pictures, every few steps one."""
     spec = gym.envs.registration.EnvSpec.from_json(env_spec)
-    sized = {"width": WIDTH, "height": HEIGHT} if "mujoco" in str(spec.entry_point) else {}
+    sized = {}
+    if "mujoco" in str(spec.entry_point):
+        sized = {"width": WIDTH, "height": HEIGHT, "camera_name": "track"}  # it follows the body
     try:
         env = gym.make(spec, render_mode="rgb_array", disable_env_checker=True, **sized)
         obs, _ = env.reset(seed=seed)
@@ -57,7 +59,7 @@ def film(act, env_spec: str, seed: int, most_steps: int) -> list[Image.Image]:
     for step in range(most_steps):
         if step % every == 0:
             picture = Image.fromarray(np.asarray(env.render())).resize((WIDTH, HEIGHT))
-            ImageDraw.Draw(picture).text((8, 24), f"return {total:,.0f}", fill="black")
+            write(picture, 26, f"return {total:,.0f}")
             pictures.append(picture)
         row = torch.as_tensor(encode_obs(env.observation_space, obs))[None]
         action = act(row)[0].numpy()
@@ -72,6 +74,11 @@ def film(act, env_spec: str, seed: int, most_steps: int) -> list[Image.Image]:
     return pictures
 
 
+def write(picture: Image.Image, top: int, text: str) -> None:
+    font = ImageFont.load_default(size=16)
+    ImageDraw.Draw(picture).text((8, top), text, "white", font, stroke_width=2, stroke_fill="black")
+
+
 def side_by_side(films: list[list[Image.Image]], labels: list[str]) -> list[Image.Image]:
     """One film of several; one that ends before the others stays at its last picture."""
     frames = []
@@ -79,7 +86,7 @@ def side_by_side(films: list[list[Image.Image]], labels: list[str]) -> list[Imag
         frame = Image.new("RGB", (WIDTH * len(films), HEIGHT))
         for column, (pictures, label) in enumerate(zip(films, labels)):
             picture = pictures[min(i, len(pictures) - 1)].copy()
-            ImageDraw.Draw(picture).text((8, 8), label, fill="black")
+            write(picture, 6, label)
             frame.paste(picture, (WIDTH * column, 0))
         frames.append(frame)
     return frames
@@ -87,7 +94,7 @@ def side_by_side(films: list[list[Image.Image]], labels: list[str]) -> list[Imag
 
 def save(frames: list[Image.Image], path: Path) -> None:
     if path.suffix.lower() == ".gif":
-        small = [frame.quantize(64, dither=Image.Dither.NONE) for frame in frames]
+        small = [frame.quantize(32, dither=Image.Dither.NONE) for frame in frames]
         small[0].save(path, save_all=True, append_images=small[1:], loop=0, optimize=True,
                       duration=round(1000 / FRAMES_PER_SECOND))
         return

@@ -6,7 +6,8 @@ Writes results/behavior/<body>.npz. The training run is that of train.py. Its po
 medium" at the first step at which its last 20 training episodes have D4RL v2's mean return, and the
 next 20 have it, too.
 
-- `medium` is the snapshot near that step whose mean return comes nearest to D4RL v2's.
+- `medium` is the snapshot near that step whose returns come nearest to D4RL v2's, in mean and,
+  where D4RL has the body, in standard deviation.
 - `medium-replay` is the replay buffer until that step: the uniform actions of the first steps, then
   every snapshot with the steps that it stands for.
 - `expert` is the snapshot of the whole run whose mean return comes nearest to D4RL v2's expert.
@@ -37,7 +38,10 @@ TARGET = {  # mean returns of D4RL v2; of the bodies that D4RL lacks, ours
     "cartpole": {"medium": 200.0, "expert": 500.0},
     "acrobot": {"medium": -200.0, "expert": -80.0},
 }
+MEDIUM_STD = {"hopper": 378.95, "walker2d": 1095.44, "halfcheetah": 355.75}  # D4RL v2's
 EPISODES = 20  # that a candidate plays
+FINALISTS = 6  # candidates for medium that play again,
+MORE_EPISODES = 100  # so many: a snapshot's returns can lie in two heaps
 NEAR = 15  # snapshots before and after medium is reached that are candidates for it
 EXPERTS = 40  # candidates for the expert, evenly over the run
 MOST_REPLAYED = 150  # snapshots of medium-replay, so that the file stays small
@@ -97,9 +101,14 @@ def main(body: str, run: Path) -> None:
     everything = HERE / f".{body}-all.npz"
     np.savez(everything, **pack(snapshots))
 
-    def mean_return(i: int) -> float:
+    def play(i: int, episodes: int) -> np.ndarray:
         act = behavior_policy(everything, body, int(i), seed=int(i))
-        return float(evaluate(act, SUITE[body][0], EPISODES, 10**8).mean())
+        return evaluate(act, SUITE[body][0], episodes, 10**8)
+
+    def distance_to_medium(i: int) -> float:
+        returns = play(i, MORE_EPISODES)
+        spread = returns.std() - MEDIUM_STD.get(body, returns.std())
+        return float(np.hypot(returns.mean() - target["medium"], spread))
 
     reached = step_of_medium(saved["episodes"], target["medium"])
     nearest = int(np.abs(steps - reached).argmin())
@@ -107,11 +116,13 @@ def main(body: str, run: Path) -> None:
     spread = np.unique(np.linspace(nearest, len(steps) - 1, EXPERTS).round().astype(int))
     played = {}
     for i in tqdm(sorted({*near, *spread.tolist()}), desc=f"playing {body}'s snapshots"):
-        played[i] = mean_return(i)
+        played[i] = float(play(i, EPISODES).mean())
+    finalists = sorted(near, key=lambda i: abs(played[i] - target["medium"]))[:FINALISTS]
+    medium = min(finalists, key=distance_to_medium)
     everything.unlink()
 
     levels = {
-        "medium": [[min(near, key=lambda i: abs(played[i] - target["medium"])), 1]],
+        "medium": [[medium, 1]],
         "expert": [[min(spread.tolist(), key=lambda i: abs(played[i] - target["expert"])), 1]],
         "medium-replay": replay_buffer(steps, reached, saved["random_steps"]),
     }
