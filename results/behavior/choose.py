@@ -107,6 +107,7 @@ def main(body: str, run: Path) -> None:
 
     def distance_to_medium(i: int) -> float:
         returns = play(i, MORE_EPISODES)
+        played[i] = float(returns.mean())
         spread = returns.std() - MEDIUM_STD.get(body, returns.std())
         return float(np.hypot(returns.mean() - target["medium"], spread))
 
