@@ -120,16 +120,20 @@ def draw(results: list[dict]) -> None:
         axis.plot(steps / 1000, promised, color=style.ESTIMATE)
         axis.plot(steps / 1000, earned, color=style.TRUTH)
         axis.set_title(one["name"])
-        axis.set_yscale("symlog", linthresh=100)
+        if promised.max() > 3 * earned.max():
+            axis.set_yscale("log")
+        else:
+            axis.set_ylim(0, 1.25 * max(earned.max(), promised.max()))
     for axis in axes.flat[len(results):]:
         axis.axis("off")
     for axis in axes[-1]:
         axis.set_xlabel("thousand updates")
-    first = results[0]["points"]
-    axes[0, 0].annotate("what Q promises", (first[-1][0] / 1000, first[-1][1]), ha="right",
-                        va="top", color=style.ESTIMATE, fontsize=11)
-    axes[0, 0].annotate("what is earned", (first[-1][0] / 1000, first[-1][2]), ha="right",
-                        va="bottom", color=style.TRUTH, fontsize=11)
+    step, promised, earned = results[-1]["points"][-1]
+    last = axes.flat[len(results) - 1]  # there Q is lowest, so that both texts find room
+    last.text(step / 1000, 0.7 * promised, "what Q promises", ha="right", va="top",
+              color=style.ESTIMATE, fontsize=11)
+    last.text(step / 1000, 1.03 * earned, "what is earned", ha="right", va="bottom",
+              color=style.TRUTH, fontsize=11)
     figure.supylabel("discounted return", fontsize=12)
     figure.savefig(HERE / "figures" / "overestimation.png")
 

@@ -163,6 +163,20 @@ def mean_and_std(runs: list[dict]) -> str:
     return f"{np.mean(scores):.1f}{spread}"
 
 
+def cell(runs: list[dict] | None) -> str:
+    """A score in bold; that of an earlier build of the dataset plain, with a star."""
+    if not runs:
+        return ""
+    text = mean_and_std(runs)
+    return f"**{text}** " if all(map(is_current, runs)) else f"{text}\\* "
+
+
+def score_of_data(run: dict) -> float:
+    """Of the dataset that this run was trained on."""
+    _, low, high = SUITE[run["env"].split("-")[0]]
+    return 100 * (run["dataset"]["return_mean"] - low) / (high - low)
+
+
 def is_current(run: dict) -> bool:
     """Whether a run used the dataset that `make data` builds, as far as the card knows it."""
     rows = json.loads(CARD.read_text())
@@ -188,8 +202,7 @@ def notes_table(results: dict, table: dict) -> list[str]:
     for env, printed in table["scores"].items():
         cells = []
         for algorithm in columns:
-            runs = results.get(env, {}).get(algorithm)
-            ours = f"**{mean_and_std(runs)}** " if runs else ""
+            ours = cell(results.get(env, {}).get(algorithm))
             theirs = f"({printed[algorithm]})" if algorithm in printed else ""
             cells.append(ours + theirs)
         lines.append(f"| {env} | " + " | ".join(cells) + " |")
@@ -218,8 +231,7 @@ def younger_table(results: dict, published: dict) -> list[str]:
     for name in YOUNGER:
         cells = []
         for env in envs:
-            runs = results[env].get(name)
-            ours = f"**{mean_and_std(runs)}** " if runs else ""
+            ours = cell(results[env].get(name))
             theirs = published.get(env, {}).get(name)
             cells.append(ours + (f"({theirs.split(' ')[0]})" if theirs else ""))
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
@@ -229,14 +241,13 @@ def younger_table(results: dict, published: dict) -> list[str]:
 def result_table(results: dict, published: dict) -> list[str]:
     lines = ["| dataset | algorithm | updates | seeds | score | the data | published | "
              "updates/s | data |", "|---|---|---:|---:|---:|---:|---|---:|---|"]
-    scores = {row["name"]: row["score"] for row in json.loads(CARD.read_text())}
     for env in sorted(results, key=NAMES.index):
         for algorithm, runs in sorted(results[env].items()):
             speed = np.mean([run["updates_per_second"] for run in runs])
             data = "current" if all(map(is_current, runs)) else "earlier"
             lines.append(
                 f"| {env} | {algorithm} | {runs[0]['steps']:,} | {len(runs)} | {mean_and_std(runs)}"
-                f" | {scores.get(env, np.nan):.1f} | {published.get(env, {}).get(algorithm, '–')}"
+                f" | {score_of_data(runs[0]):.1f} | {published.get(env, {}).get(algorithm, '–')}"
                 f" | {speed:.0f} | {data} |")
     return lines
 
@@ -245,13 +256,12 @@ def study_table(results: dict) -> list[str]:
     """Runs that differ in one setting: their evaluations in training, and the final score."""
     lines = ["| dataset | run | updates | evaluations in training | score | the data |",
              "|---|---|---:|---|---:|---:|"]
-    scores = {row["name"]: row["score"] for row in json.loads(CARD.read_text())}
     for env in sorted(results, key=NAMES.index):
         for name in STUDIES:
             for run in results[env].get(name, []):
                 seen = ", ".join(f"{point['score']:.0f}" for point in run["curve"])
                 lines.append(f"| {env} | {name} | {run['steps']:,} | {seen} | {run['score']:.1f} | "
-                             f"{scores.get(env, np.nan):.1f} |")
+                             f"{score_of_data(run):.1f} |")
     return lines
 
 
@@ -273,7 +283,6 @@ def draw_scores(results: dict, datasets: list[str]) -> None:
     """figures/scores.png: a dot for each algorithm and seed, hollow for runs on earlier data; lines
     for the data and a clone."""
     figure, axes = plt.subplots(1, len(datasets), figsize=(6 * len(datasets), 7.5), squeeze=False)
-    data_scores = {row["name"]: row["score"] for row in json.loads(CARD.read_text())}
     for env, axis in zip(datasets, axes[0]):
         runs_of = results[env]
         order = sorted(runs_of, key=lambda name: np.mean([run["score"] for run in runs_of[name]]))
@@ -282,12 +291,14 @@ def draw_scores(results: dict, datasets: list[str]) -> None:
             for run in runs_of[name]:
                 fill = "full" if is_current(run) else "none"
                 axis.plot(run["score"], row, "o", color=color, markersize=8, fillstyle=fill)
-        axis.axvline(data_scores[env], color=DATA, linestyle="--")
-        axis.text(data_scores[env], len(order) - 0.3, "the data ", color=DATA, ha="right")
         if "bc" in runs_of:
+            data = score_of_data(runs_of["bc"][0])
             clone = np.mean([run["score"] for run in runs_of["bc"]])
-            axis.axvline(clone, color=CLONE, linestyle="--")
-            axis.text(clone, len(order) - 0.3, " a clone", color=CLONE)
+            sides = ("right", "left") if data < clone else ("left", "right")
+            lines = ((data, " the data ", DATA), (clone, " a clone ", CLONE))
+            for (score, text, color), side in zip(lines, sides):
+                axis.axvline(score, color=color, linestyle="--")
+                axis.text(score, len(order) - 0.3, text, color=color, ha=side)
         axis.set_yticks(range(len(order)), order)
         axis.set(title=env, xlabel="score of the final policy, 100 episodes",
                  ylim=(-0.8, len(order) + 0.5))
@@ -302,15 +313,13 @@ def draw_curves(env: str, runs_of: dict, names: list[str]) -> None:
     rows = -(-len(names) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(3.2 * columns, 2.8 * rows + 0.5),
                                 sharey=True, squeeze=False)
-    _, low, high = SUITE[env.split("-")[0]]
-    mean = next(iter(runs_of.values()))[0]["dataset"]["return_mean"]
     for axis, name in zip(axes.flat, names):
         for other, color in (("bc", CLONE), (name, POLICY)):
             for run in runs_of.get(other, []):
                 steps = [point["step"] / 1000 for point in run["curve"]]
                 axis.plot(steps, [point["score"] for point in run["curve"]], color=color)
                 axis.plot(run["steps"] / 1000, run["score"], "o", color=color)
-        axis.axhline(100 * (mean - low) / (high - low), color=DATA, linestyle="--")
+        axis.axhline(score_of_data(runs_of[name][0]), color=DATA, linestyle="--")
         axis.set(title=name, xlabel="thousand updates")
     for axis in list(axes.flat)[len(names):]:
         axis.set_visible(False)
