@@ -80,6 +80,12 @@ STUDIES = {  # settings whose published value fails on this suite, one factor at
     "morel-horizon-25": "morel.py --steps 20000 --horizon 25 --holdout 0.1",
     "morel-horizon-100": "morel.py --steps 20000 --horizon 100 --holdout 0.1",
 }
+RATES = {  # how fast Q can grow: the target networks set the pace
+    "iql-target-rate-0.005": "iql.py --steps 20000 --actor-lr 1e-3 --critic-lr 1e-3 "
+                             "--eval-every 5000",
+    "iql-target-rate-0.02": "iql.py --steps 20000 --actor-lr 1e-3 --critic-lr 1e-3 "
+                            "--target-rate 0.02 --eval-every 5000",
+}
 OTHERS = [f"{body}-{level}" for body in ("hopper", "walker2d", "halfcheetah")
           for level in ("medium-expert", "random", "medium", "medium-replay")
           if (body, level) not in (("hopper", "medium"), ("hopper", "medium-replay"))]
@@ -94,6 +100,7 @@ PARTS = {  # part: datasets, files, seeds
                   for level in ("replay", "medium")], DISCRETE, "0-2"),
     "modes": (["hopper-medium-replay"], MODES, "0"),
     "studies": (["hopper-medium"], STUDIES, "0"),
+    "rates": (["hopper-medium-replay"], RATES, "0"),
 }
 
 
@@ -117,7 +124,7 @@ def lines(options) -> list[str]:
                 if options.steps:
                     command = re.sub(r"--steps \d+", f"--steps {options.steps}", command)
                 # a study's runs differ in a setting only, so each needs a place of its own
-                out = f"{options.out}/{name}" if name in STUDIES else options.out
+                out = f"{options.out}/{name}" if name in STUDIES | RATES else options.out
                 every = "" if "--eval-every" in command else " --eval-every 10000"
                 for seed in seeds_of(options.seeds or seeds):
                     chosen.append(
@@ -142,7 +149,7 @@ def run(name: str, command: list[str], history: bool) -> int:
         return command[command.index(option) + 1]
 
     env, seed = value("--env"), value("--seed")
-    algorithm = Path(command[0]).stem if name in STUDIES else name
+    algorithm = Path(command[0]).stem if name in STUDIES | RATES else name
     folder = ROOT / value("--out") / algorithm / env / f"seed{seed}"
     if not (folder / "result.json").exists():
         resume = ["--resume"] if (folder / "checkpoint.pt").exists() else []

@@ -17,7 +17,7 @@ from common import NAMES, SUITE, fail, load_dataset
 from style import CLONE, DATA, ESTIMATE, POLICY, plt
 
 import numpy as np
-from grid import STUDIES
+from grid import RATES, STUDIES
 from minari.storage import get_dataset_path
 
 HERE = Path(__file__).resolve().parent
@@ -153,7 +153,7 @@ def grid_results() -> dict:
     for env in results:
         results[env] = {
             name: list(filter(is_current, runs)) or runs
-            for name, runs in results[env].items() if name not in STUDIES}
+            for name, runs in results[env].items() if name not in STUDIES | RATES}
     return results
 
 
@@ -257,7 +257,7 @@ def study_table(results: dict) -> list[str]:
     lines = ["| dataset | run | updates | evaluations in training | score | the data |",
              "|---|---|---:|---|---:|---:|"]
     for env in sorted(results, key=NAMES.index):
-        for name in STUDIES:
+        for name in STUDIES | RATES:
             for run in results[env].get(name, []):
                 seen = ", ".join(f"{point['score']:.0f}" for point in run["curve"])
                 lines.append(f"| {env} | {name} | {run['steps']:,} | {seen} | {run['score']:.1f} | "
