@@ -45,9 +45,8 @@ YOUNGER = ("td3_bc", "rebrac", "iql", "awac", "crr", "plas", "decision_transform
            "edac-sac-n", "msg", "algae_dice")  # methods that the notes' tables do not have
 
 
-def write_section(section: str, lines: list[str]) -> None:
-    """Replaces what stands between <!-- section --> and <!-- /section --> in README.md."""
-    path = HERE / "README.md"
+def write_section(section: str, lines: list[str], path: Path = HERE / "README.md") -> None:
+    """Replaces what stands between <!-- section --> and <!-- /section --> in the page."""
     text = path.read_text()
     pattern = rf"(<!-- {section} -->\n).*?(<!-- /{section} -->)"
     if not re.search(pattern, text, re.S):
@@ -189,10 +188,23 @@ def tables() -> None:
     published = json.loads((HERE / "published.json").read_text())
     for table in ("uwac_table", "combo_table"):
         write_section(table, notes_table(results, published[table]))
+    write_section("headline", headline(results), HERE.parent / "README.md")
     write_section("studies", study_table(committed()))
     write_section("speed", speed_table())
     write_section("younger_table", younger_table(results, published["other"]))
     write_section("results", result_table(results, published["other"]))
+
+
+def headline(results: dict) -> list[str]:
+    """What a clone and the best methods score on the dataset that separates them most."""
+    env = "hopper-medium-replay"
+    runs_of = {name: runs for name, runs in results[env].items() if all(map(is_current, runs))}
+    order = sorted(runs_of, key=lambda name: np.mean([run["score"] for run in runs_of[name]]))
+    best = [name for name in order if name != "bc"][-3:]
+    scores = [f"{name} {mean_and_std(runs_of[name])}" for name in best]
+    data = score_of_data(runs_of["bc"][0])
+    return [f"{env}: the data score {data:.1f}, a clone of them {mean_and_std(runs_of['bc'])}, "
+            f"{', '.join(scores)}."]
 
 
 def notes_table(results: dict, table: dict) -> list[str]:
