@@ -6,8 +6,8 @@ Writes results/behavior/<body>.npz. The training run is that of train.py. Its po
 medium" at the first step at which its last 20 training episodes have D4RL v2's mean return, and the
 next 20 have it, too.
 
-- `medium` is the snapshot near that step whose returns come nearest to D4RL v2's, in mean and,
-  where D4RL has the body, in standard deviation.
+- `medium` is a snapshot around that step whose mean return is near D4RL v2's; of several the one
+  with the nearest standard deviation.
 - `medium-replay` is the replay buffer until that step: the uniform actions of the first steps, then
   every snapshot with the steps that it stands for.
 - `expert` is the snapshot of the whole run whose mean return comes nearest to D4RL v2's expert.
@@ -40,9 +40,10 @@ TARGET = {  # mean returns of D4RL v2; of the bodies that D4RL lacks, ours
 }
 MEDIUM_STD = {"hopper": 378.95, "walker2d": 1095.44, "halfcheetah": 355.75}  # D4RL v2's
 EPISODES = 20  # that a candidate plays
-FINALISTS = 6  # candidates for medium that play again,
+FINALISTS = 10  # candidates for medium that play again,
 MORE_EPISODES = 100  # so many: a snapshot's returns can lie in two heaps
-NEAR = 15  # snapshots before and after medium is reached that are candidates for it
+NEAR_SCORE = 3.0  # normalised points that count as near
+NEAR = 40  # snapshots before and after medium is reached that are candidates for it
 EXPERTS = 40  # candidates for the expert, evenly over the run
 MOST_REPLAYED = 150  # snapshots of medium-replay, so that the file stays small
 REPLAYED = 25  # snapshots of replay
@@ -105,11 +106,13 @@ def main(body: str, run: Path) -> None:
         act = behavior_policy(everything, body, int(i), seed=int(i))
         return evaluate(act, SUITE[body][0], episodes, 10**8)
 
-    def distance_to_medium(i: int) -> float:
+    def distance_to_medium(i: int) -> tuple[float, float]:
         returns = play(i, MORE_EPISODES)
         played[i] = float(returns.mean())
+        _, low, high = SUITE[body]
+        points = 100 * abs(played[i] - target["medium"]) / (high - low)
         spread = returns.std() - MEDIUM_STD.get(body, returns.std())
-        return float(np.hypot(returns.mean() - target["medium"], spread))
+        return max(points, NEAR_SCORE), abs(float(spread))
 
     reached = step_of_medium(saved["episodes"], target["medium"])
     nearest = int(np.abs(steps - reached).argmin())
