@@ -15,12 +15,11 @@ from pathlib import Path
 
 os.environ.setdefault("MUJOCO_GL", "egl")  # before mujoco is loaded: draw without a screen
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]  # lets this file find common.py
-from common import SUITE, encode_obs, env_id, evaluate, fail, load_policy
+from common import SUITE, decode_action, encode_obs, env_id, evaluate, fail, load_policy
 
 import gymnasium as gym
 import numpy as np
 import torch
-from gymnasium import spaces
 from PIL import Image, ImageDraw, ImageFont
 
 WIDTH, HEIGHT = 320, 240  # pixels of one policy's picture
@@ -52,7 +51,6 @@ def film(act, env_spec: str, seed: int, most_steps: int) -> list[Image.Image]:
         fail(f"{spec.id} can't be drawn here ({type(error).__name__}: {error}); MuJoCo needs EGL "
              "(apt install libegl1), classic control pip install pygame")
     every = max(1, round(env.metadata.get("render_fps", 30) / FRAMES_PER_SECOND))
-    discrete = isinstance(env.action_space, spaces.Discrete)
     if hasattr(act, "start"):
         act.start(1)
     pictures, total = [], 0.0
@@ -63,7 +61,7 @@ def film(act, env_spec: str, seed: int, most_steps: int) -> list[Image.Image]:
             pictures.append(picture)
         row = torch.as_tensor(encode_obs(env.observation_space, obs))[None]
         action = act(row)[0].numpy()
-        own = int(action) if discrete else action.reshape(env.action_space.shape)
+        own = decode_action(env.action_space, action)
         obs, reward, terminated, truncated, _ = env.step(own)
         total += float(reward)
         if hasattr(act, "record"):
