@@ -293,3 +293,18 @@ def test_building_is_atomic_and_repeatable(tmp_path, monkeypatch):
     files = [dict(np.load(tmp_path / letter / "local" / "pendulum" / "random-v0" / "columns.npz")) for letter in "ac"]
     assert len(files[0]["obs"]) == 4000
     assert all(np.array_equal(files[0][key], files[1][key]) for key in common.COLUMNS)
+
+
+def test_medium_is_reached_when_it_lasts(monkeypatch):
+    """A few lucky episodes do not count; the buffer of medium-replay then has the steps until there, each with its snapshot."""
+    monkeypatch.syspath_prepend(str(ROOT / "results" / "behavior"))
+    import choose
+
+    returns = [0.0] * 20 + [5000.0] * 3 + [0.0] * 20 + [1500.0] * 40
+    episodes = [(100 * (i + 1), value) for i, value in enumerate(returns)]
+    reached = choose.step_of_medium(episodes, 1000.0)
+    assert reached == 100 * (43 + 14)  # 14 of the last 20 earn 1500: their mean is 1050
+    with pytest.raises(SystemExit):
+        choose.step_of_medium(episodes[:60], 1000.0)
+    steps = np.arange(1000, 8001, 1000)
+    assert choose.replay_buffer(steps, reached, 2500) == [[None, 2500], [2, 500], [3, 1000], [4, 1000]]
