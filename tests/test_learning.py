@@ -82,7 +82,6 @@ def clone(suite, tmp_path_factory):
     ("brac", 150, CALM | {"steps": 4000, "behavior_steps": 2000, "behavior_lr": 1e-3, "warm_start_steps": 200}),
     ("crr", 150, {"steps": 4000, "target_every": 20, "gamma": 0.95, "batch_size": 64, "critic_lr": 3e-3, "actor_lr": 1e-3}),
     ("edac", 150, {"steps": 4000, "num_critics": 5, "batch_size": 64, "critic_lr": 1e-3, "target_rate": 0.02}),
-    ("msg", 150, EAGER | {"steps": 1500, "entropy_lr": 3e-3, "num_critics": 4, "beta": -2.0}),
     ("plas", 150, CALM | {"steps": 8000, "vae_lr": 1e-3, "vae_steps": 2000, "constants": {"HIDDEN": (400, 300)}}),
     ("bear", 150, CALM | {"steps": 8000, "vae_lr": 1e-3, "warm_up_steps": 300, "num_samples": 3, "bandwidth": 1.0,
                           "max_mmd": 0.4, "multiplier_lr": 1e-2, "constants": {"HIDDEN": (256, 256)}}),
@@ -106,6 +105,7 @@ def test_it_learns_in_a_model(name, margin, settings, tmp_path):
 
 @pytest.mark.parametrize("name, settings", [
     ("sac", CALM | {"steps": 1500}),
+    ("msg", CALM | {"steps": 2500, "num_critics": 4}),
     ("iql", EAGER | {"steps": 2000, "expectile": 0.9}),
     ("algae_dice", {"steps": 2000, "batch_size": 64, "gamma": 0.95, "target_rate": 0.05, "policy_delay": 1}),
 ])
