@@ -993,7 +993,7 @@ def test_a_stop_during_an_evaluation(log, register, capsys, monkeypatch, label):
     """Row 69: everything is saved, so it ends at once, and --resume evaluates what is due."""
     register("Mine-v0")
     path = save("log2.npz", columns(action=2))
-    evaluate = common.Run._evaluate
+    evaluate, before = common.Run._evaluate, signal.getsignal(signal.SIGINT)
 
     def stopped(run, name, *rest):
         if name == label:
@@ -1004,7 +1004,7 @@ def test_a_stop_during_an_evaluation(log, register, capsys, monkeypatch, label):
         patch.setattr(common.Run, "_evaluate", stopped)
         line = refused(capsys, lambda: train("bc", path, steps=4, eval_env="Mine-v0"))
     assert "--resume continues" in line and not (run_of("bc", env="log2") / "result.json").exists()
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
     result = train("bc", path, steps=4, eval_env="Mine-v0", resume=True)
     assert [point["returns"] for point in result["curve"]] == [[6.0], [6.0]] and result["final_returns"] == [6]
 
