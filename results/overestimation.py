@@ -88,10 +88,13 @@ def compare(learned: dict, reward_unit: float, gamma: float, env_spec: str) -> t
 
 
 @torch.no_grad()
-def judge(folder: Path) -> dict:
-    """The two numbers for each kept checkpoint of a run."""
+def judge(folder: Path) -> dict | None:
+    """The two numbers for each kept checkpoint of a run; None where it learns no Q."""
     with torch.enable_grad():
         learned, data, settings = networks_of(folder)
+    if "critic" not in learned and not hasattr(learned.get("actor"), "critic"):
+        common.notice(f"left out: {folder} learns no Q(s, a)")
+        return None
     raw = common.load_dataset(settings["env"], "cpu")
     # a file may scale rewards (IQL): its Q is in that unit
     reward_unit = float(raw.reward.std() / data.reward.std())
@@ -145,10 +148,11 @@ if __name__ == "__main__":
     path = HERE / "overestimation.json"
     known = json.loads(path.read_text()) if path.exists() else []
     kept = {(one["name"], one["env"], one["seed"]): one for one in known}
-    for folder in folders:
-        if (folder / "history").exists():
-            one = judge(folder)
-            kept[one["name"], one["env"], one["seed"]] = one
+    folders = [folder for folder in folders if (folder / "history").exists()]
+    if not folders:
+        common.fail("no folder has kept checkpoints; results/grid.py --history keeps them")
+    for one in filter(None, map(judge, folders)):
+        kept[one["name"], one["env"], one["seed"]] = one
     lines = ",\n".join(json.dumps(one) for one in kept.values())
     path.write_text(f"[\n{lines}\n]\n")
     draw(list(kept.values()))
