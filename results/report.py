@@ -2,7 +2,7 @@
 
 card      results/behavior/datasets.json and figures/datasets.png, from the built datasets
 tables    the tables of results/README.md, from results/scores/ and published.json
-figures   results/figures/scores.png and curves-<dataset>.png, from results/scores/
+figures   results/figures/scores- and curves-<dataset>.png, from results/scores/
 progress  a table of the runs under way in a folder (default: runs): steps, speed, time left
 """
 import json
@@ -280,8 +280,9 @@ def study_table(results: dict) -> list[str]:
 def figures() -> None:
     FIGURES.mkdir(exist_ok=True)
     results = grid_results()
-    draw_scores(results, [env for env in ("hopper-medium-replay", "hopper-medium")
-                          if env in results])
+    for env in ("hopper-medium-replay", "hopper-medium"):
+        if env in results:
+            draw_scores(env, results[env])
     for env in results:
         runs_of = {name: runs for name, runs in results[env].items() if name != "bc"}
         present = {name: runs for name, runs in runs_of.items() if all(map(is_current, runs))}
@@ -291,31 +292,30 @@ def figures() -> None:
             draw_curves(env, results[env], best[:MOST_PANELS])
 
 
-def draw_scores(results: dict, datasets: list[str]) -> None:
-    """figures/scores.png: a dot for each algorithm and seed, hollow for runs on earlier data; lines
-    for the data and a clone."""
-    figure, axes = plt.subplots(1, len(datasets), figsize=(6 * len(datasets), 7.5), squeeze=False)
-    for env, axis in zip(datasets, axes[0]):
-        runs_of = results[env]
-        order = sorted(runs_of, key=lambda name: np.mean([run["score"] for run in runs_of[name]]))
-        for row, name in enumerate(order):
-            color = CLONE if name == "bc" else POLICY
-            for run in runs_of[name]:
-                fill = "full" if is_current(run) else "none"
-                axis.plot(run["score"], row, "o", color=color, markersize=8, fillstyle=fill)
-        if "bc" in runs_of:
-            data = score_of_data(runs_of["bc"][0])
-            clone = np.mean([run["score"] for run in runs_of["bc"]])
-            sides = ("right", "left") if data < clone else ("left", "right")
-            lines = ((data, " the data ", DATA), (clone, " a clone ", CLONE))
-            for (score, text, color), side in zip(lines, sides):
-                axis.axvline(score, color=color, linestyle="--")
-                axis.text(score, len(order) - 0.3, text, color=color, ha=side)
-        axis.set_yticks(range(len(order)), order)
-        axis.set(title=env, xlabel="score of the final policy, 100 episodes",
-                 ylim=(-0.8, len(order) + 0.5))
-        axis.grid(axis="y", color="#eeeeee")
-    figure.savefig(FIGURES / "scores.png")
+def draw_scores(env: str, runs_of: dict) -> None:
+    """figures/scores-<dataset>.png: a dot for each algorithm and seed, hollow for runs on earlier
+    data; lines for the data and a clone. Narrow, so that a phone shows it legibly."""
+    order = sorted(runs_of, key=lambda name: np.mean([run["score"] for run in runs_of[name]]))
+    figure, axis = plt.subplots(figsize=(6, 1.3 + 0.29 * len(order)))
+    for row, name in enumerate(order):
+        color = CLONE if name == "bc" else POLICY
+        for run in runs_of[name]:
+            fill = "full" if is_current(run) else "none"
+            axis.plot(run["score"], row, "o", color=color, markersize=8, fillstyle=fill)
+    if "bc" in runs_of:
+        data = score_of_data(runs_of["bc"][0])
+        clone = np.mean([run["score"] for run in runs_of["bc"]])
+        sides = ("right", "left") if data < clone else ("left", "right")
+        lines = ((data, "data ", DATA), (clone, " clone ", CLONE))
+        for (score, text, color), side in zip(lines, sides):
+            axis.axvline(score, color=color, linestyle="--")
+            axis.text(score, len(order) - 0.3, text, color=color, ha=side)
+    axis.set_yticks(range(len(order)), order)
+    axis.set(title=env, xlabel="score of the final policy, 100 episodes",
+             ylim=(-0.8, len(order) + 0.5))
+    axis.set_xlim(left=min(axis.get_xlim()[0], -12))  # room for a word left of the data's line
+    axis.grid(axis="y", color="#eeeeee")
+    figure.savefig(FIGURES / f"scores-{env}.png")
     plt.close(figure)
 
 
