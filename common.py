@@ -85,6 +85,15 @@ def notice(message: str) -> None:
     tqdm.write("note: " + " ".join(message.split()), file=sys.stderr)
 
 
+def say(message: str) -> None:
+    """One line of output. A reader who left, as `| head` does, must not end a training."""
+    try:
+        tqdm.write(message)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def check_range(args, names: str, low: float, high: float = math.inf) -> None:
     """Each setting in `names` (separated by blanks) must lie in [low, high]; else the run ends."""
     for name in names.split():
@@ -109,7 +118,7 @@ def parse_args(args_class, tuned: dict[str, dict]):
     args = tyro.cli(args_class, default=args_class(**values), description=text)
     for name, value in values.items():
         if getattr(args, name) == value:
-            print(f"tuned for {args.env}: --{name.replace('_', '-')} {value}")
+            say(f"tuned for {args.env}: --{name.replace('_', '-')} {value}")
     return args
 
 
@@ -441,8 +450,8 @@ class Run:
 
         # events after the checkpoint will be written again, those of a due evaluation as well
         self.writer = SummaryWriter(self.folder, purge_step=step if self.due else step + 1)
-        print(f"{self.algorithm} on {self.data.name} ({self.data.size:,} transitions), "
-              f"writes {self.folder}", flush=True)
+        say(f"{self.algorithm} on {self.data.name} ({self.data.size:,} transitions), "
+            f"writes {self.folder}")
         self.bar = tqdm(total=self.args.steps, initial=step, unit=" updates", leave=False,
                         mininterval=0.2 if sys.stderr.isatty() else 30)
         self.handlers = {}
@@ -609,7 +618,7 @@ class Run:
         """Returns and score, empty without an environment. Training's random state stays."""
         data = self.data
         if data.env_spec is None:
-            self.bar.write(f"{label:<15} no environment, nothing is rolled out")
+            say(f"{label:<15} no environment, nothing is rolled out")
             return [], None
         cuda = [torch.cuda.current_device()] if data.device.type == "cuda" else []
         try:
@@ -623,8 +632,8 @@ class Run:
                        "and --resume --eval-env none continues without evaluation")
         score = data.score(returns)
         shown = "none" if score is None else f"{score:.1f}"
-        self.bar.write(f"{label:<15} return {returns.mean():8.1f} ± {returns.std():6.1f}   "
-                       f"score {shown:>6}")
+        say(f"{label:<15} return {returns.mean():8.1f} ± {returns.std():6.1f}   "
+            f"score {shown:>6}")
         return returns.tolist(), score
 
 
@@ -771,8 +780,9 @@ def read_minari(dataset_id: str) -> Source:
         if os.access(folder, os.W_OK):
             write_atomically(kept, lambda part: np.savez(part, stamp=stamp, **columns))
     meta = storage.metadata
-    score_range = (meta.get("ref_min_score"), meta.get("ref_max_score"))
-    score_range = NO_RANGE if None in score_range else tuple(map(float, score_range))
+    score_range = NO_RANGE
+    with suppress(TypeError, ValueError):  # null, or some text
+        score_range = (float(meta.get("ref_min_score")), float(meta.get("ref_max_score")))
     return Source(columns, storage.observation_space, storage.action_space,
                   meta.get("eval_env_spec") or meta.get("env_spec"), score_range)
 
@@ -802,6 +812,9 @@ def flatten_episodes(dataset_id: str, storage) -> dict[str, np.ndarray]:
             notice(f"episode {number} of {dataset_id} is left out: it has {len(obs)} observations "
                    f"and {len(action)} actions for {steps} steps, not {steps + 1} and {steps}")
             continue
+        for key in ("rewards", "terminations", "truncations"):
+            check_numbers(f"episode {number} of {dataset_id}: {key}", np.asarray(episode[key]),
+                          flags=key != "rewards")
         terminated = np.array(episode["terminations"], bool).reshape(steps)
         truncated = np.array(episode["truncations"], bool).reshape(steps)
         if number < total - 1:
@@ -886,7 +899,7 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
         fail(f"{path} is empty")
     for key, array in arrays.items():
         if array.dtype.kind not in "biuf":
-            fail(f"{path}: {key} must be an array of numbers with a row for each step, of all "
+            fail(f"{path}: {key} must be an array of real numbers with a row for each step, of all "
                  "episodes one after the other")
         if len(array) != count:
             fail(f"{path}: its columns differ in length: {count} rewards, {len(array)} {key}")
@@ -897,9 +910,16 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
             continue
         if array.size != count:
             fail(f"{path}: {key} must be one number per row, its shape is {array.shape}")
-        if key != "rewards" and not np.isin(array, (0, 1)).all():
-            fail(f"{path}: {key} must be 0 or 1, found {np.unique(array)[:3]}")
+        check_numbers(f"{path}: {key}", array, flags=key != "rewards")
     return arrays
+
+
+def check_numbers(what: str, values: np.ndarray, flags: bool) -> None:
+    """Ends the run where rewards are no real numbers, or flags something else than 0 and 1."""
+    if values.dtype.kind not in "biuf":
+        fail(f"{what} must be real numbers, their type is {values.dtype}")
+    if flags and not np.isin(values, (0, 1)).all():
+        fail(f"{what} must be 0 or 1, found {np.unique(values)[:3]}")
 
 
 def read_array(file, key: str) -> np.ndarray:

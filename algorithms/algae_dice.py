@@ -291,9 +291,9 @@ def train(args: Args) -> None:
     check_range(args, "batch_size policy_delay", 1)
     check_range(args, "actor_lr critic_lr entropy_lr", 0)
     check_range(args, "target_rate online_share", 0, 1)
-    if args.exponent <= 1:
+    if not args.exponent > 1:
         fail(f"--exponent must be above 1, not {args.exponent}")
-    if args.initial_weight <= 0:
+    if not args.initial_weight > 0:
         fail(f"--initial-weight must be above 0, not {args.initial_weight}")
     if not 0 <= args.gamma < 1:
         fail(f"--gamma must be at least 0 and below 1, not {args.gamma}")

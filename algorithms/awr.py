@@ -262,7 +262,7 @@ def train(args: Args) -> None:
     check_range(args, "momentum td_lambda", 0, 1)
     if not 0 <= args.gamma < 1:
         fail(f"--gamma must be at least 0 and below 1, not {args.gamma}")
-    if args.beta <= 0:
+    if not args.beta > 0:
         fail(f"--beta must be above 0, not {args.beta}")
     data = load_dataset(args.env, args.device, eval_env=args.eval_env, holdout=args.holdout)
     run = Run(args, data, gflop=0.014)

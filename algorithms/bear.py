@@ -348,7 +348,7 @@ def train(args: Args) -> None:
     check_range(args, "batch_size num_samples num_mmd_samples", 1)
     check_range(args, "vae_lr actor_lr critic_lr multiplier_lr max_mmd warm_up_steps", 0)
     check_range(args, "gamma target_rate min_weight", 0, 1)
-    if args.bandwidth <= 0:
+    if not args.bandwidth > 0:
         fail(f"--bandwidth must be above 0, not {args.bandwidth}")
     data = load_dataset(args.env, args.device, eval_env=args.eval_env, holdout=args.holdout)
     run = Run(args, data, gflop=4.16)

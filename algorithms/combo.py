@@ -467,7 +467,7 @@ def train(args: Args) -> None:
     check_range(args, "batch_size dynamics_epochs rollout_every rollout_starts horizon retain", 1)
     check_range(args, "num_samples", 1)
     check_range(args, "actor_lr critic_lr beta", 0)
-    check_range(args, "gamma target_rate", 0, 1)
+    check_range(args, "gamma target_rate real_share", 0, 1)
     if not 0 < int(args.real_share * args.batch_size) < args.batch_size:
         fail("--real-share must leave rows of both kinds")
     data = load_dataset(args.env, args.device, eval_env=args.eval_env, holdout=args.holdout)

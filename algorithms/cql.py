@@ -317,6 +317,7 @@ def train(args: Args) -> None:
     check_range(args, "batch_size num_samples", 1)
     check_range(args, "actor_lr critic_lr", 0)
     check_range(args, "gamma target_rate", 0, 1)
+    check_range(args, "target_gap", -math.inf)
     if not 0 < args.cql_weight < math.inf:
         fail(f"--cql-weight must be above 0, not {args.cql_weight}; without it this is SAC: sac.py")
     if args.lagrange and args.form == "plain":

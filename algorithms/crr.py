@@ -282,7 +282,7 @@ def train(args: Args) -> None:
     check_range(args, "batch_size target_every num_samples", 1)
     check_range(args, "actor_lr critic_lr max_weight", 0)
     check_range(args, "gamma", 0, 1)
-    if args.beta <= 0:
+    if not args.beta > 0:
         fail(f"--beta must be above 0, not {args.beta}")
     data = load_dataset(args.env, args.device, eval_env=args.eval_env, holdout=args.holdout)
     run = Run(args, data, variant="-binary" if args.weighting == "binary" else "", gflop=0.811)

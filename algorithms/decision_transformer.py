@@ -362,8 +362,10 @@ def train(args: Args) -> None:
     check_range(args, "batch_size warmup_steps", 1)
     check_range(args, "actor_lr weight_decay clip_norm", 0)
     check_range(args, "dropout", 0, 0.99)
-    if args.return_scale <= 0:
+    if not args.return_scale > 0:
         fail(f"--return-scale must be above 0, not {args.return_scale}")
+    if args.target_return is not None and not np.isfinite(args.target_return):
+        fail(f"--target-return must be a finite number, not {args.target_return}")
     data = load_dataset(args.env, args.device, eval_env=args.eval_env, holdout=args.holdout)
     run = Run(args, data, gflop=14.7)
     drop_fragment(data)

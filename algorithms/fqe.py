@@ -65,6 +65,7 @@ from common import (
     fail,
     load_dataset,
     load_policy,
+    notice,
     record_on_cuda,
     run_folder,
     take_folder,
@@ -156,27 +157,34 @@ def find_policies(given: tuple[str, ...]) -> list[Path]:
 
 
 def load_policies(paths: list[Path], data: Dataset) -> dict:
-    """{path: act} of the policies; those with a memory are left out."""
+    """{path: act} of the policies; those that the data can't judge are left out, by name."""
     acts = {}
     for path in paths:
         act = load_policy(path, data.device)
         own_spec = torch.load(path, map_location="cpu", weights_only=True)["env_spec"]
-        if own_spec and data.env_spec and env_id(own_spec) != env_id(data.env_spec):
-            fail(f"{path} is a policy for {env_id(own_spec)}, {data.name} is of "
-                 f"{env_id(data.env_spec)}")
-        if hasattr(act, "start"):
-            print(f"left out: {path} has a memory, its action is no function of the observation")
-            continue
-        try:
-            shape = act(data.obs[:2]).shape
-        except RuntimeError:  # the observations have other sizes
-            shape = None
-        if shape != data.action[:2].shape:
-            fail(f"{path} is a policy for other observations or actions than those of {data.name}")
-        acts[path] = act
+        reason = misfit(act, own_spec, data)
+        if reason:
+            notice(f"left out: {path} {reason}")
+        else:
+            acts[path] = act
     if not acts:
         fail("--policies: no policy is left")
     return acts
+
+
+def misfit(act, own_spec: str | None, data: Dataset) -> str | None:
+    """Why the data can't judge a policy; None where they can."""
+    if own_spec and data.env_spec and env_id(own_spec) != env_id(data.env_spec):
+        return f"is for {env_id(own_spec)}, {data.name} is of {env_id(data.env_spec)}"
+    if hasattr(act, "start"):
+        return "has a memory, its action is no function of the observation"
+    try:
+        shape = act(data.obs[:2]).shape
+    except (RuntimeError, ValueError, IndexError):  # the observations have other sizes
+        shape = None
+    if shape != data.action[:2].shape:
+        return f"is for other observations or actions than those of {data.name}"
+    return None
 
 
 def rollout_return(path: Path, act, data: Dataset, args: Args) -> float:
@@ -329,7 +337,7 @@ def train(args: Args) -> None:
     check_range(args, "target_rate", 0, 1)
     if not 0 <= args.gamma < 1:
         fail(f"--gamma must be at least 0 and below 1, not {args.gamma}")
-    if args.critic_lr <= 0:
+    if not args.critic_lr > 0:
         fail(f"--critic-lr must be above 0, not {args.critic_lr}")
     paths = find_policies(args.policies)
     data = load_dataset(args.env, args.device, eval_env=args.eval_env, holdout=args.holdout,

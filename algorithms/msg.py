@@ -271,6 +271,7 @@ def train(args: Args) -> None:
     check_range(args, "actor_lr entropy_lr critic_lr cql_weight", 0)
     check_range(args, "gamma target_rate", 0, 1)
     check_range(args, "beta", -math.inf, 0)
+    check_range(args, "target_entropy", -math.inf)
     data = load_dataset(args.env, args.device, eval_env=args.eval_env, holdout=args.holdout)
     run = Run(args, data, gflop=6.5)
 

@@ -293,7 +293,7 @@ def train(args: Args) -> None:
     check_range(args, "batch_size vae_steps", 1)
     check_range(args, "vae_lr actor_lr critic_lr", 0)
     check_range(args, "gamma target_rate min_weight", 0, 1)
-    if args.max_latent <= 0:
+    if not args.max_latent > 0:
         fail(f"--max-latent must be above 0, not {args.max_latent}")
     data = load_dataset(args.env, args.device, eval_env=args.eval_env, holdout=args.holdout)
     run = Run(args, data, gflop=0.75)

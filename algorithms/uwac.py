@@ -410,7 +410,7 @@ def train(args: Args) -> None:
     check_range(args, "passes", 2)
     check_range(args, "dropout_rate", 0, 0.99)
     for name in ("bandwidth", "beta"):
-        if getattr(args, name) <= 0:
+        if not getattr(args, name) > 0:
             fail(f"--{name} must be above 0, not {getattr(args, name)}")
     data = load_dataset(args.env, args.device, eval_env=args.eval_env, holdout=args.holdout)
     run = Run(args, data, gflop=11.8)

@@ -8,6 +8,7 @@ Of row 75, filming has its own tests (tests/test_play.py); here a saved policy r
 """
 import copy
 import ctypes
+import dataclasses
 import importlib.util
 import io
 import json
@@ -703,8 +704,8 @@ def test_actions_at_the_bounds_and_columns_that_never_change(name, monkeypatch):
 
 
 @pytest.mark.parametrize("key, values, line", [
-    ("rewards", np.array(["1"] * 40), "must be an array of numbers"), ("terminals", np.array([b"False"] * 40), "must be an array of numbers"),
-    ("actions", np.array([np.zeros(3), None], object), "must be an array of numbers"), ("rewards", np.float32(1), "differ in length"),
+    ("rewards", np.array(["1"] * 40), "must be an array of real numbers"), ("terminals", np.array([b"False"] * 40), "must be an array of real numbers"),
+    ("actions", np.array([np.zeros(3), None], object), "must be an array of real numbers"), ("rewards", np.float32(1), "differ in length"),
     ("terminals", np.full(40, np.nan), "terminals must be 0 or 1, found [nan]"), ("timeouts", np.array([-1, 1] * 20), "must be 0 or 1"),
     ("next_observations", np.zeros((40, 2)), "observations have shape (40, 3), next_observations (40, 2)"),
     ("actions", np.append(np.zeros(39), 1e300), "in action that are not finite in float32, in 1 transitions, the first are [39]"),
@@ -718,7 +719,7 @@ def test_files_that_are_something_else(capsys):
     """Parts in a group; a pickle, and an HDF5 file, under another name: not the advice to allow pickles."""
     arrays = columns()
     path = save("dict.h5", without(arrays, "observations") | {"observations/place": arrays["observations"]})
-    assert "observations must be an array of numbers" in refused(capsys, lambda: load(path))
+    assert "observations must be an array of real numbers" in refused(capsys, lambda: load(path))
     os.rename(save("log.h5", arrays), "log.npz")
     line = refused(capsys, lambda: load("log.npz"))
     assert "not a zip file" in line and "pickle" not in line
@@ -788,6 +789,17 @@ def test_episodes_without_a_step_and_with_other_actions(register, capsys):
     assert "episode 1 of my/odd-v0 is left out: it has 7 observations and 7 actions for 6 steps" in line
 
 
+@pytest.mark.parametrize("key, value, line", [
+    ("terminations", np.nan, "must be 0 or 1"), ("truncations", 2.0, "must be 0 or 1"), ("rewards", 1 + 2j, "must be real numbers")])
+def test_columns_of_a_minari_set_that_are_something_else(register, capsys, key, value, line):
+    """As in a file. NaN would count as an end, and of a complex reward half would be dropped, in silence."""
+    record("my/strange-v0", register("Strange-v0"))
+    with h5py.File(minari.storage.get_dataset_path("my/strange-v0") / "data" / "main_data.hdf5", "a") as file:
+        del file["episode_1"][key]
+        file["episode_1"][key] = np.full(6, value)
+    assert f"episode 1 of my/strange-v0: {key} {line}" in refused(capsys, lambda: load("my/strange-v0"))
+
+
 def test_rewards_that_were_changed_after_a_first_run(register):
     """In the file itself, which no metadata tell: the kept columns are old then."""
     record("my/relabelled-v0", register("Relabelled-v0"))
@@ -798,9 +810,9 @@ def test_rewards_that_were_changed_after_a_first_run(register):
     assert load("my/relabelled-v0").returns().tolist() == [12, 12, 12]
 
 
-@pytest.mark.parametrize("low, high", [(None, None), (None, 1.0), (1.0, 1.0)])
+@pytest.mark.parametrize("low, high", [(None, None), (None, 1.0), (1.0, 1.0), ("unknown", 1.0), ([0], 1.0)])
 def test_reference_scores_that_give_no_scale(register, low, high):
-    """null, or equal: the run has no score."""
+    """null, equal, or no numbers: the run has no score."""
     record("my/scores-v0", register("Scores-v0"))
     edit_metadata("my/scores-v0", lambda meta, spec: meta.update(ref_min_score=low, ref_max_score=high))
     assert load("my/scores-v0").score([1.0]) is None
@@ -864,6 +876,17 @@ def test_a_terminal_without_the_sign(monkeypatch):
     spec.loader.exec_module(importlib.util.module_from_spec(spec))
     print("±", flush=True)
     assert out.buffer.getvalue() == b"?\n"
+
+
+def test_a_reader_of_the_output_who_leaves(monkeypatch):
+    """| head, or a pager that was closed: what is said then is lost, and the run goes on."""
+    reading, writing = os.pipe()
+    monkeypatch.setattr(sys, "stdout", os.fdopen(writing, "w"))
+    common.say("one")
+    assert os.read(reading, 10) == b"one\n"
+    os.close(reading)
+    common.say("two")
+    print("three", flush=True)
 
 
 # ---- runs
@@ -1121,6 +1144,18 @@ def test_devices(log, capsys, device):
 def test_settings_out_of_range(log, capsys, settings, line):
     """Row 83."""
     assert line in refused(capsys, lambda: train("td3_bc", log, **settings))
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "algorithms").glob("*.py")))
+def test_a_setting_that_is_not_a_number(name, monkeypatch, capsys):
+    """NaN is refused for every setting, before any data are read; --holdout is checked with the data."""
+    module = importlib.import_module(name)
+    monkeypatch.setattr(module, "load_dataset", lambda *_, **__: pytest.fail("the data were read"))
+    monkeypatch.setattr(module, "find_policies", lambda given: [], raising=False)
+    for field in dataclasses.fields(module.Args):
+        if field.type in (float, float | None) and field.name != "holdout":
+            line = refused(capsys, lambda field=field: module.train(module.Args(**{field.name: float("nan")})))
+            assert f"--{field.name.replace('_', '-')}" in line
 
 
 def test_the_command_line(capsys):
