@@ -27,8 +27,8 @@ By default, as in the authors' code, this is not the objective above. With κ = 
 the backup is a constant for the gradient of Q, as in Q-learning, and at rest f′(e) d^D is
 w (1 − γ) Σ_t (κγ)^t p_t, with p_t what π visits after t steps: 1.05 steps of weight in place of
 1 / (1 − γ). `--online-share 1` is the objective, but for the entropy, L_⊥ and the clip of f′. Its
-cost: f(e) of one s′ and ã′ is above f of the mean e, which duality asks for, so it is right only
-where the next step is certain.
+cost: duality asks for f of the mean e over s′ and ã′; f(e) of a single sample is larger on average,
+so the estimate is right only where transitions and policy are deterministic.
 
 Shapes: B batch, S observation, A action, K = 2 critics. d is terminated: a truncated episode
 bootstraps. Observations are raw, actions lie in [-1, 1].

@@ -167,10 +167,10 @@ class Critic(nn.Module):
 
 
 @torch.no_grad()
-def td_target(actor: Actor, critic_target: Critic, batch: Batch, gamma: float) -> Tensor:
+def td_target(policy: Actor, critic_target: Critic, batch: Batch, gamma: float) -> Tensor:
     """(E2): the regression target y, (B,)."""
     # (E2) at an action of the policy; only a termination stops the bootstrap
-    next_action = sample_clipped(*actor(batch.next_obs))
+    next_action = sample_clipped(*policy(batch.next_obs))
     next_q = critic_target(batch.next_obs, next_action).min(dim=0).values
     return batch.reward + gamma * (1 - batch.terminated) * next_q
 

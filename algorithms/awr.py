@@ -5,9 +5,10 @@ Reinforcement Learning", 2019, arXiv 1910.00177.
 Notes: Policy Constraints (软约束), in their references, and a column of their UWAC table. That
 column says little about the method: D4RL ran it on 50,000 rows of each dataset, see D1.
 
-AWR has no Q: an action is worth what followed it in the data, its episode's return, partly replaced
-by V (λ). The weight is exponential in the advantage, standardised over all of the data. Two
-regressions alternate, V on returns and π on actions; each begins with new labels for all rows.
+AWR has no Q. The value of an action is the TD(λ) return that followed it: λ = 1 is the episode's
+own return, smaller λ uses V's prediction more. The weight is exponential in the advantage,
+standardised over all of the data. Two regressions alternate, V on returns and π on actions; before
+each, the returns or weights of all rows are computed anew.
 
 One of four siblings that clone the data's actions a, each with a weight w (ã are actions of π):
         advantage Â               unit of Â            weight w            cap  critic
@@ -21,9 +22,9 @@ One of four siblings that clone the data's actions a, each with a weight w (ã a
   (E2) L_V = ½ E_D[ ( (1 − γ) (R − V(s)) )² ],  for value_steps updates
   (E3) Â = R − V(s), with the new V in both
   (E4) w = min( exp( (Â − mean Â) / (std Â + 10⁻⁵) / β ), w_max ),  mean and std over all the data
-  (E5) B = ½ E_D[ Σ_i max(|μ_i(s)| − 1, 0)² ]
-  (E6) L_π = −E_D[ w · log π(a|s) ] + b · B,  π = N(μ(s), σ²), no gradient through w,
-       for actor_steps updates; then again (E1)
+  (E5) L_bound = ½ E_D[ Σ_i max(|μ_i(s)| − 1, 0)² ]
+  (E6) L_π = −E_D[ w · log π(a|s) ] + b · L_bound,  π = N(μ(s), σ²), no gradient
+       through w, for actor_steps updates; then again (E1)
 
 Shapes: B batch, N transitions of the data, S observation, A action. d is terminated: a truncated
 episode bootstraps. Observations have mean 0 and standard deviation 1 over the data, actions lie in

@@ -5,7 +5,7 @@ of the data: Chen et al., "Decision Transformer", NeurIPS 2021, arXiv 2106.01345
 Notes: Offline RL vs. IL(模仿学习).
 
 BC predicts the data's action from the observation; rewards play no part. A clone is therefore
-about as good as the policy behind the data, if that has one habit, and it can't stitch: it never
+about as good as the policy behind the data, if that has one mode, and it can't stitch: it never
 learns that the first half of one episode can be followed by the second half of another. 10%-BC
 uses the rewards once, to keep only the best episodes.
 
@@ -24,6 +24,8 @@ Differences: papers give no loss. The choices are CORL's (any_percent_bc.py), ex
      so 10% of the episodes can be far more than 10% of the steps.
   D3 (E3) is the plain likelihood. CORL has continuous actions only; d3rlpy's discrete BC adds half
      the mean squared logit.
+  D4 Returns are not discounted, as in CORL's settings of 10%-BC (the file's default: 0.99); an
+     unfinished last episode counts, CORL leaves it out.
 
 Watch: cloning_error, which is (E2) or (E3), falls fast and then stays level. How low it gets is a
 property of the data: noise in their actions is left over. If (E3) stays at the logarithm of the
@@ -70,7 +72,7 @@ class Args:
     batch_size: int = 256  # transitions per update [C any_percent_bc.py]
     actor_lr: float = 3e-4  # Adam [C any_percent_bc.py]
     # BC
-    top_fraction: float = 1.0  # f in (E1): 1 is BC, 0.1 is 10%-BC [C any_percent_bc.py]
+    top_fraction: float = 1.0  # f in (E1): 1 is BC, 0.1 is 10%-BC [C configs]
 
 
 HIDDEN = (256, 256)  # widths of the actor [C any_percent_bc.py]

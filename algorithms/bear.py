@@ -3,8 +3,8 @@
 Kumar, Fu, Tucker & Levine, "Stabilizing Off-Policy Q-Learning via Bootstrapping Error Reduction",
 NeurIPS 2019, arXiv 1906.00949.
 Notes: Policy Constraints (软约束) › BEAR. "Subset is enough" holds for few samples with a wide
-kernel: their MMD prefers a narrow policy at the data's mean. If the data have two habits, that is
-the empty gap between them. With many samples MMD is near zero for equal distributions only.
+kernel: their MMD is smallest for a narrow policy at the data's mean. If the data have two modes, no
+data are there. With many samples MMD is near zero for equal distributions only.
 
 A target may only ask Q about actions that the data could hold. BEAR compares a few actions of the
 policy with a few of a VAE of the data, by the maximum mean discrepancy (MMD), and a Lagrange
@@ -20,9 +20,9 @@ multiplier α keeps it below ε. The rest is an actor-critic whose target takes 
        KL = 1/L Σ_l [ ½(m_l² + v_l² − 1) − log v_l ]
   (E2) y = r + γ (1 − d) max_n [ λ min_k Q̄_k(s′, ã_n) + (1 − λ) max_k Q̄_k(s′, ã_n) ],
        N actions ã_n = tanh(u_n) of π(·|s′)
-  (E3) MMD(s)² = mean_ij k(u_i, u_j) + mean_ij k(û_i, û_j) − 2 mean_ij k(u_i, û_j) + 10⁻⁶,
+  (E3) MMD(s)² = mean_ij κ(u_i, u_j) + mean_ij κ(û_i, û_j) − 2 mean_ij κ(u_i, û_j) + 10⁻⁶,
        u_i = μ(s) + σ(s)·η_i,  û_j = g(s, z_j), z_j = clip(η_j, −½, ½): both before tanh,
-       k(u, v) = exp(−‖u − v‖₂² / 2h), Gaussian, or exp(−‖u − v‖₁ / 2h), Laplacian
+       κ(x, y) = exp(−‖x − y‖₂² / 2h), Gaussian, or exp(−‖x − y‖₁ / 2h), Laplacian
   (E4) L_π = E_D[ −min_k Q_k(s, ã_1) + α (MMD(s) − ε) ],  without Q in the first steps
   (E5) L_α = −α (E_D[MMD(s)] − ε),  then log α is clipped to [−5, 10]
   (E6) L_Q = Σ_k E_D[ (Q_k(s, a) − y)² ]
@@ -44,7 +44,8 @@ its bound e¹⁰ and Q counts in (E8) only: raise --max-mmd. With 4 samples the 
 have an MMD of 0.1 from itself. kl near 0 is right for data of one policy: nothing to encode.
 
 Run:     python algorithms/bear.py --env hopper-medium
-Expect:  slow: --actor-lr is small and the warm-up long. Scores and curves: results/README.md.
+Expect:  slow: --actor-lr is small and the warm-up long. On hopper's data the multiplier reaches its
+         bound with the default ε. Scores and curves: results/README.md.
 """
 import copy
 import math

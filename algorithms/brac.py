@@ -4,12 +4,12 @@ Wu, Tucker & Nachum, "Behavior Regularized Offline Reinforcement Learning", 2019
 Notes: Policy Constraints (软约束); Value Function Regularization. They print the value penalty
 beside γ E[Q(s′, a′)], at no stated observation. It belongs inside the bracket, as in (E5): D is
 taken at s′, discounted with Q, and ends with the episode. Their sketch shows KL(data ‖ b), the
-clone's fit; BRAC's KL(π ‖ b) allows a part of the data at a finite price.
+clone's fit; BRAC's KL(π ‖ b) stays finite where π covers only a part of b.
 
 A Gaussian clone b of the data's policy is fitted first. Then actor and critics learn as in SAC,
 with a penalty on D(π, b) in the actor's loss (BRAC-p), or also in the target (BRAC-v), so that Q
 avoids states where the policy must leave the data. The constraint is as good as b: one Gaussian
-puts itself between two habits. If all rewards are 0, the penalty costs nothing and only makes b
+lies between two modes of the data. If all rewards are 0, the penalty costs nothing and only makes b
 preferred; it costs return where the data hold better actions.
 
           what stands for the data's policy    where it acts
@@ -46,7 +46,7 @@ b: raise --divergence-weight. At the end of the cloning behavior_entropy should 
 narrower b makes every other action expensive.
 
 Run:     python algorithms/brac.py --env hopper-medium     (BRAC-v: --value-penalty)
-Expect:  evaluations that fall when Q enters, and rise late, if they do. See results/README.md.
+Expect:  the score often falls when Q enters, and may rise again later. See results/README.md.
 """
 import copy
 import math
@@ -183,7 +183,7 @@ def behavior_loss(behavior: Actor, entropy_coef: Tensor, batch: Batch) -> tuple[
     """(E2): maximum likelihood with an entropy bonus; also log b of a sample (B,), for (E3)."""
     mean, log_std = behavior(batch.obs)
     _, log_prob = sample_action(mean, log_std)
-    # (E2) without the bonus b is narrower than the data, and leaving it costs more than it should
+    # (E2) the bonus acts while b's entropy is below −dim(A); elsewhere (E3) lets α fall to 0
     loss = entropy_coef * log_prob - log_density(mean, log_std, batch.action)
     return loss.mean(), log_prob.detach()
 
@@ -285,7 +285,7 @@ def update(args: Args, data: Dataset, actor: Actor, behavior: Actor, critic: Cri
 
 
 def fit_first(what: str, one_update: Callable, count: Tensor, steps: int, run: Run) -> None:
-    """The fit that comes before step 1, from update `count` on, which a resumed run has."""
+    """The fit before step 1. It starts at update `count`, which is above 0 in a resumed run."""
     run.unsaved = True  # Ctrl-C waits until it is saved
     pause = 0.2 if sys.stderr.isatty() else 30  # seconds between two states of the bar
     rounds = range(int(count), steps)

@@ -1,12 +1,12 @@
 """COMBO: CQL in a learned model: Q goes down on imagined steps and up on the data.
 
-Yu, Kumar et al., "COMBO: Conservative Offline Model-Based Policy Optimization", NeurIPS 2021,
-arXiv 2102.08363.
+Yu, Kumar, Rafailov, Rajeswaran, Levine & Finn, "COMBO: Conservative Offline Model-Based Policy
+Optimization", NeurIPS 2021, arXiv 2102.08363.
 Notes: Value Function Regularization › COMBO. (75.5 in their table is of walker2d-medium.)
 
 MOPO relies on the model's estimate of its own error, which is often poor. COMBO takes imagined
-steps as they are, and lowers Q there by CQL's term. At the same weight it lowers them less than
-CQL, as what is imagined and real alike is spared.
+steps as they are, and lowers Q there by CQL's term. At the same weight it is less pessimistic than
+CQL: at pairs (s, a) both in the data and imagined the two parts of the term cancel.
 
   siblings  learned              penalty                           acts on
   mopo.py   7 Gaussian networks  λ · largest standard deviation    reward of an imagined step
@@ -28,8 +28,8 @@ CQL, as what is imagined and real alike is spared.
   (E11) L_α = E[ −log α · (log π(ã|s) + H̄) ],  H̄ = −dim(A)
   (E12) Q̄ ← Q̄ + rate · (Q − Q̄)
 
-The notes' μ can be π or uniform (--rollout-policy). Uniform actions take both terms of (E9) to all
-actions and what follows them, less often along the policy's way.
+The notes' μ can be π or uniform (--rollout-policy). Uniform actions spread both terms of (E9) over
+all actions, and put less weight on what the policy would do.
 
 Shapes: B batch, S observation, A action, M = 7 networks of the model, K = 2 critics. The model's
 y is [s′ − s, r]. d is terminated: a truncated episode bootstraps.
@@ -342,7 +342,7 @@ def fit(dynamics: Dynamics, data: Dataset, args: Args, run: Run) -> None:
     dynamics.layers = kept  # U and L stay as they are
     dynamics.elites.copy_(best.argsort()[:ELITES])
     write_atomically(path, lambda part: torch.save(dynamics.state_dict(), part))
-    run.since += bar.format_dict["elapsed"]  # is no part of updates per second
+    run.since += bar.format_dict["elapsed"]  # the fit's time does not count in updates per second
 
 
 @torch.no_grad()

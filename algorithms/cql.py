@@ -23,7 +23,7 @@ remains is SAC.
 
 (E4) is the notes' E_μ[Q], with the current policy as μ. (E3) is its maximum over all μ with their
 entropy: max_μ E_μ[Q] + H(μ) = log ∫ exp Q(s, a) da, by importance sampling, plus the constant
-log 3N. What is at most its true value, with exact expectations (tests/test_cql.py shows each):
+log 3N. With exact expectations these are at most their true values (tests/test_cql.py shows each):
   plain      every Q(s, a): the notes' "Q_CQL ≤ Q for all s, a".
   cql-h      V(s) = E_π[Q(s, ·)]. Where the data act more often than π, Q itself may be too high.
   logsumexp  V(s) of policies near softmax(Q). For a policy that keeps to the data's most frequent
@@ -44,7 +44,7 @@ Differences from the paper and its official code (aviralkumar2907/CQL):
   D5 Forms cql-h and plain are the paper's equations; the official code has neither.
 
 Watch: q_policy stays below the data's discounted returns. If it grows without bound, raise w. If
-q_data sinks far below them, lower w; plain lowers it by w / 2 at every step by its nature.
+q_data sinks far below them, lower w; plain lowers Q by w / 2 in every backup by its nature.
 
 Run:     python algorithms/cql.py --env hopper-medium --form logsumexp
 Expect:  about a clone's score after 20,000 updates; published scores are of 1M. Slow, as an update
@@ -207,16 +207,17 @@ def propose_actions(policy: tuple[Tensor, Tensor], next_policy: tuple[Tensor, Te
     return actions, torch.cat([log_uniform, log_current, log_following], dim=1)
 
 
-def values_of_many(critic: Critic, obs: Tensor, actions: Tensor) -> Tensor:
-    """Q of M actions per observation: (B, S), (B, M, A) -> (K, B, M)."""
+def value_actions(critic: Critic, obs: Tensor, actions: Tensor) -> Tensor:
+    """Q of N actions for each observation: (B, S), (B, N, A) -> (K, B, N)."""
     batch_size, num, action_dim = actions.shape
-    repeated = obs.repeat_interleave(num, dim=0)  # (B M, S)
-    return critic(repeated, actions.reshape(-1, action_dim)).view(-1, batch_size, num)
+    # repeat_interleave, not repeat: row b·N + n of both inputs must belong to observation b
+    obs = obs.repeat_interleave(num, dim=0)
+    return critic(obs, actions.reshape(-1, action_dim)).view(-1, batch_size, num)
 
 
 def soft_max_q(critic: Critic, obs: Tensor, actions: Tensor, log_density: Tensor) -> Tensor:
     """(E3): (B, S), (B, M, A), (B, M) -> (K, B)."""
-    q = values_of_many(critic, obs, actions)  # (K, B, M)
+    q = value_actions(critic, obs, actions)  # (K, B, M)
     assert q.shape[1:] == log_density.shape, "the sum runs over the M actions of one observation"
     # (E3) dividing by the density makes the sum count each region of actions once, wherever its
     # actions come from; those drawn at s′ are one more proposal for s, and valued at s
@@ -226,7 +227,7 @@ def soft_max_q(critic: Critic, obs: Tensor, actions: Tensor, log_density: Tensor
 def mean_q(critic: Critic, obs: Tensor, actions: Tensor) -> Tensor:
     """(E4): (B, S), (B, M, A) -> (K, B)."""
     # (E4) the actions come from μ, so their plain mean is E_μ[Q]
-    return values_of_many(critic, obs, actions).mean(dim=-1)
+    return value_actions(critic, obs, actions).mean(dim=-1)
 
 
 def critic_loss(critic: Critic, batch: Batch, y: Tensor, push: Tensor, weight: Tensor,

@@ -71,7 +71,7 @@ class Args:
     resume: bool = False  # continue from the last checkpoint
     # optimisation
     batch_size: int = 32  # transitions per update [C fixed_replay/configs]
-    learning_rate: float = 5e-5  # Adam [C fixed_replay/configs] [D1]
+    learning_rate: float = 5e-5  # Adam [C fixed_replay/configs] [D2]
     gamma: float = 0.99  # discount γ [C fixed_replay/configs]
     target_every: int = 2_000  # updates between (E5) [C fixed_replay/configs] [D2]
     # CQL

@@ -16,8 +16,8 @@ stitch, and a request beyond the best return in the data is a guess (results/ask
   (E3) three tokens for each step i of a window, with e_t an embedding of the step's number in its
        episode:  LayerNorm(W_R R̂_i + e_t),  LayerNorm(W_s s_i + e_t),  LayerNorm(W_a a_i + e_t)
   (E4) token m sees token n  ⇔  n ≤ m and n is no padding,  or n = m
-  (E5) three times:  x ← x + W_o Σ_n softmax_n(q_m · k_n / √d) v_n  over what m sees;  q, k, v are
-       linear in LayerNorm(x);  x ← x + W_2 relu(W_1 LayerNorm(x))
+  (E5) three times:  x ← x + W_o Σ_n softmax_n(q_m · k_n / √(D/H)) v_n  over what m sees;  q, k, v
+       are linear in LayerNorm(x);  x ← x + W_2 relu(W_1 LayerNorm(x))
   (E6) â_i = tanh(W LayerNorm(x)) from the token of s_i, which has seen R̂_i and s_i but not a_i
   (E7) L = Σ_i ‖â_i − a_i‖² / (A · number of steps), over steps that are no padding
   (E8) learning rate of update n:  lr · min(n / warm-up, 1)
@@ -38,12 +38,12 @@ Differences from the official code (kzl/decision-transformer, gym):
   D1 No heads for the next state and return, which get no loss there, and no unused word embedding.
   D2 Padding is zeros; there, actions of −10 in training and 0 in evaluation. It is masked anyway.
   D3 Evaluation plays all episodes in step and needs no padding: windows grow to K, then slide.
-  D4 Where no target is known, the best return in the data is asked for. The second target, whose
-     return is printed, is half the first, or twice where returns are costs, below zero.
+  D4 Where no target is known, the best return in the data is asked for. The second target is half
+     of the first, or twice the first if that is negative. Its return is printed.
   D5 10 episodes per evaluation on the way; there, 100 for each target.
 
 Watch: action_loss falls, and says little. Compare the return with the target: far below, the
-request is beyond the data, or --warmup-steps has not passed. Evaluations of one run differ a lot.
+request is beyond the data, or the updates are too few to have learned what a request means.
 
 Run:     python algorithms/decision_transformer.py --env hopper-medium
 Expect:  near a clone on one policy's data, above it on mixed data. Scores: results/README.md.
@@ -231,7 +231,7 @@ def standardize_obs(data: Dataset, eps: float = 1e-3) -> tuple[Tensor, Tensor]:
     Returns the mean and the deviation + eps that were used, (S,) each.
     """
     mean = data.obs.mean(dim=0)
-    std = data.obs.std(dim=0, correction=0) + eps  # eps: for what hardly moves [C utils.py]
+    std = data.obs.std(dim=0, correction=0) + eps  # eps: for what hardly moves
     data.obs = (data.obs - mean) / std
     data.next_obs = (data.next_obs - mean) / std
     return mean, std

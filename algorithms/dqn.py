@@ -4,8 +4,8 @@ Mnih et al., "Human-level control through deep reinforcement learning", Nature 2
 1312.5602); offline as in Agarwal et al., "An Optimistic Perspective on Offline Reinforcement
 Learning", ICML 2020, arXiv 1907.04543. --double: van Hasselt, Guez & Silver, "Deep Reinforcement
 Learning with Double Q-learning", AAAI 2016, arXiv 1509.06461.
-Notes: Uncertainty-Based › Bootstrap ensembles, Ensemble-DQN. REM and Ensemble-DQN are built from
-DQN. The notes name Double DQN as what online RL does against overestimation.
+Notes: Distributional Shift; Uncertainty-Based › Bootstrap ensembles, Ensemble-DQN, which is built
+from DQN. The notes name Double DQN as what online RL does against overestimation.
 
 Q-learning with a network: fit Q to a target made of a frozen copy of Q, and refresh the copy now
 and then. The maximum in the target prefers actions whose value is estimated too high. Online, the
@@ -37,7 +37,7 @@ Double DQN:
 
 Watch: q_policy, the mean of max_a Q. It can't rightly exceed the largest discounted return: 100
 where rewards are at most 1 and γ = 0.99. If it does, the maximum has found overestimated actions
-and the policy is of no use: try --double, or cql_discrete.py, which stays near the data.
+and the policy is of no use: take cql_discrete.py. --double changes little where data are fixed.
 
 Run:     python algorithms/dqn.py --env cartpole-replay
          python algorithms/dqn.py --env cartpole-replay --double

@@ -6,9 +6,9 @@ Notes: Uncertainty-Based › Bootstrap ensembles, Ensemble-DQN. (They find the c
 too much alike; (E4) is one answer. msg.py is another.)
 
 SAC-N is SAC with N critics in place of two. Where critics disagree, their minimum is below their
-mean. But critics that learn the same targets have similar slopes beside the data, so it takes up
-to hundreds of them, and the minimum may still be too high. EDAC penalises the cosines between
-their gradients, and needs ten to fifty.
+mean. But critics that learn the same targets have similar gradients beside the data, so SAC-N needs
+up to 500 critics, and their minimum may still be too high. EDAC penalises the cosines between the
+gradients, and needs ten to fifty critics.
 
   (E1) ã = tanh(u), u = μ(s) + σ(s)·ε;  log π(ã|s) as in sac.py
   (E2) y = r + γ (1 − d) ( min_k Q̄_k(s′, ã′) − α log π(ã′|s′) ),  ã′ ~ π(·|s′)
@@ -36,7 +36,7 @@ Differences from the official code (snu-mllab/EDAC):
      medium's: CORL, the source of the others, has no files for these.
 
 Watch: q_policy stays below the data's discounted returns; if it runs away, N or η is too small.
-similarity falls far below N; near N the critics act as one.
+similarity starts near 0 and should stay far below N; near N the critics act as one.
 
 Run:     python algorithms/edac.py --env hopper-medium
          python algorithms/edac.py --env hopper-medium --diversity-weight 0 --num-critics 500

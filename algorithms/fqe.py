@@ -29,7 +29,7 @@ rollouts are not discounted and stop at one: compare ranks, not levels.
 
 Differences from DOPE's code (google-research/policy_eval):
   D1 The bounds in (E1) include 0. There they are r_min and r_max: where every reward is positive,
-     an episode's end would be lifted to r_min for ever, and policies that fall early look good.
+     the target at an episode's end would be raised to r_min, as if r_min were paid for ever.
   D2 Rewards are divided by their root mean square; there by their standard deviation, after
      subtracting the mean where no episode terminates. Ours is defined for a constant reward too.
   D3 Stochastic policies are judged by their `act`, the mean or mode; DOPE's runs do so too.
@@ -43,7 +43,8 @@ stay clear of the bounds: one near scale · r_max / (1 − γ) is of a policy th
 With --holdout 0.1, as in training, policies are judged on episodes that training has not seen.
 
 Run:     python algorithms/fqe.py --env hopper-medium --policies runs/*/hopper-medium/seed0
-Expect:  the true order among policies near the data, and too large values for those far from it.
+Expect:  too large values for policies far from the data, which then lead the ranking; on one
+         policy's data, like hopper-medium, the order of the others is not reliable either.
          Rankings: results/README.md.
 """
 import copy
@@ -215,7 +216,7 @@ def standardize_obs(data: Dataset, eps: float = 1e-3) -> tuple[Tensor, Tensor]:
     Returns the mean and the deviation + eps that were used, (S,) each.
     """
     mean = data.obs.mean(dim=0)
-    std = data.obs.std(dim=0, correction=0) + eps  # eps: for what hardly moves [C utils.py]
+    std = data.obs.std(dim=0, correction=0) + eps  # eps: for what hardly moves
     data.obs = (data.obs - mean) / std
     data.next_obs = (data.next_obs - mean) / std
     return mean, std

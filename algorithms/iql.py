@@ -26,6 +26,7 @@ One of four siblings that clone the data's actions a, each with a weight w (ã a
   (E8) L_Q = Σ_k E_D[ (Q_k(s, a) − y)² ]
   (E9) Q̄ ← Q̄ + rate · (Q − Q̄)
   (E10) the actor's learning rate in update t = 0 … T − 1 of all T:  ½ (1 + cos(π t / T)) · actor_lr
+       (π is 3.14 here)
 
 Shapes: B batch, S observation, A action, K = 2 critics. d is terminated: a truncated episode
 bootstraps. Observations are raw, actions lie in [-1, 1]; the actor converts them.
@@ -81,12 +82,12 @@ class Args:
     target_rate: float = 0.005  # share of the new weights in (E9) [C learner.py]
     # IQL
     expectile: float = 0.7  # τ in (E3): 0.5 mean, towards 1 best of the data [C mujoco_config.py]
-    beta: float = 3.0  # β in (E5): multiplies Â, the siblings' divide [C mujoco_config.py]
+    beta: float = 3.0  # β in (E5): multiplies Â; awac, crr and awr divide [C mujoco_config.py]
     max_weight: float = 100.0  # w_max in (E5) [C actor.py]
 
 
 HIDDEN = (256, 256)  # widths of actor, critics and V [C learner.py]
-LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0  # [C policy.py]
+LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0  # [C learner.py, policy.py]
 
 
 def mlp(*widths: int) -> nn.Sequential:

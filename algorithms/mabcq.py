@@ -13,7 +13,7 @@ choice (D1 to D3). No number here can be compared with the paper's.
 To an agent the others are part of the environment, and its data show them as they acted then. An s′
 that needs them to act well is rare in the data, although they will learn to act well. MABCQ changes
 the data's P(s′|s, a): value deviation makes good s′ likelier, and transition normalisation removes
-how often the others chose what, which differs between the agents' data.
+the frequencies with which the other agents chose their actions.
 
   (E1) L_VAE = E_D[ ‖tanh g(s, z) − a‖² / A_i + ½ KL ],  z = μ(s, a) + σ(s, a)·ε
   (E2) â = tanh g(s, z),  z = clip(ε, −½, ½),  ε ~ N(0, I)

@@ -40,12 +40,12 @@ Differences from the paper and the official code (tianheyu927/mopo):
   D6 Q, π, α, targets one after the other; targets start as copies; no ½ in (E9), as in sac.py.
 
 Watch: q_policy. Where it runs away above any return of the data, the policy exploits the model's
-errors: raise --penalty-weight. Where `reward`, a batch's mean after the penalty, lies far below the
-data's mean reward, the penalty outweighs the task: lower it.
+errors: raise --penalty-weight. `reward`, a batch's mean after the penalty, may lie far below the
+data's mean reward; only if evaluations do not rise either does the penalty outweigh the task.
 
 Run:     python algorithms/mopo.py --env hopper-medium
-Expect:  after a tenth of the default's updates below a clone on hopper-medium, far above it on
-         halfcheetah-medium-replay. Scores and curves: results/README.md.
+Expect:  after a tenth of the default's updates, in a model of 10 to 30 epochs: below a clone on
+         hopper-medium, far above it on halfcheetah-medium-replay. More: results/README.md.
 """
 import copy
 import math
@@ -343,7 +343,7 @@ def fit(dynamics: Dynamics, data: Dataset, args: Args, run: Run) -> None:
     dynamics.layers = kept  # U and L stay as they are
     dynamics.elites.copy_(best.argsort()[:ELITES])
     write_atomically(path, lambda part: torch.save(dynamics.state_dict(), part))
-    run.since += bar.format_dict["elapsed"]  # is no part of updates per second
+    run.since += bar.format_dict["elapsed"]  # the fit's time does not count in updates per second
 
 
 @torch.no_grad()

@@ -33,23 +33,23 @@ Shapes: B batch, S observation, A action, M = 4 networks of the model, K = 2 cri
 terminated: a truncated episode bootstraps. Observations are raw, actions lie in [-1, 1].
 
 Differences from the paper and the official code (aravindr93/mjrl, branch v2):
-  D1 The planner is SAC [as in unifloral], there natural policy gradient after cloning, γ = 0.999.
-     Rollouts are short, from all states of the data, there 400–500 steps from the first ones. Few
-     pairs within 5 steps of the data are unknown, many after 10: the horizon, not the threshold,
-     makes the pessimism weak here.
+  D1 The planner is SAC (unifloral's is SAC-N); there natural policy gradient after cloning, with
+     γ = 0.999. Rollouts are short, from all states of the data; there 400–500 steps from the first
+     ones. Few pairs within 5 steps of the data are unknown, many after 10: the horizon, not the
+     threshold, makes the pessimism weak here.
   D2 HALT pays for ever, as the paper defines it; its experiments end a path with one reward, the
      data's least minus 30 to 200, and its code adds 0. No return in the data is below V(HALT).
   D3 An unknown pair itself earns −κ as well [experiments], not r [definition].
   D4 The reward is learned; the paper's is known, which is easier [mjrl issue 42].
   D5 β is 5 for all; the paper tries steps of 5 in the real environment, the code has a third of the
      largest disc. One step from the data, the two find equally few unknown pairs.
-  D6 25 epochs at 1e-3 [code], there 300 to 3000 at 5e-4; 512 units, there 1024 for halfcheetah.
+  D6 25 epochs at 1e-3 [code]; the paper has 300 to 3000 at 5e-4, and 1024 units for halfcheetah.
   D7 disc is in the observation's units [paper]; the code multiplies speeds by 0.02.
   D8 Bodies are Gymnasium's; there the centre of mass's speed is observed, hopper's bounds narrower.
   D9 λ in (E7) has no published value: compare disc with the rewards.
 
-Watch: `ends`, the share of a batch that ends. Where it stays near 0 while q_policy runs away above
-any return of the data, pairs are not found unknown: raise --horizon, or lower --beta.
+Watch: `ends`, the share of a batch that ends. Where it stays near 0 while q_policy is far above the
+discounted return that is earned, pairs are not found unknown: raise --horizon, or lower --beta.
 
 Run:     python algorithms/morel.py --env hopper-medium [--penalty soft]
 Expect:  near 0 on hopper-medium, above the data on halfcheetah-medium-replay; results/README.md.
@@ -106,8 +106,8 @@ class Args:
     # MOReL
     dynamics_epochs: int = 25  # through the data, for (E2) [C d4rl_hopper_medium.txt] [D6]
     penalty: Literal["halt", "soft"] = "halt"  # (E6) as in the paper, (E7) as in the notes [P]
-    beta: float = 5.0  # β in (E5), larger knows more; 0: half of the data [P App. C.5] [D5]
-    penalty_weight: float = 1.0  # λ in (E7) [D9]
+    beta: float = 5.0  # β in (E5), for halt; larger: fewer pairs are unknown [P App. C.5] [D5]
+    penalty_weight: float = 1.0  # λ in (E7), for soft [D9]
     rollout_every: int = 1_000  # updates between rollouts [D1]
     rollout_starts: int = 10_000  # states of the data that rollouts start from [D1]
     horizon: int = 5  # steps of a rollout [D1]
@@ -330,7 +330,7 @@ def fit(dynamics: Dynamics, data: Dataset, args: Args, run: Run) -> None:
     dynamics.disc_mean = disc.mean()
     dynamics.disc_std = disc.std(correction=0)
     write_atomically(path, lambda part: torch.save(dynamics.state_dict(), part))
-    run.since += bar.format_dict["elapsed"]  # is no part of updates per second
+    run.since += bar.format_dict["elapsed"]  # the fit's time does not count in updates per second
 
 
 def halt(args: Args, data: Dataset, dynamics: Dynamics, disc: Tensor, reward: Tensor,

@@ -41,7 +41,7 @@ z, so that h can change little. That is right for data of one policy, where ther
 encode; data of many policies leave h more to choose from. In stage 2 q_policy stays near q_data.
 
 Run:     python algorithms/plas.py --env hopper-medium
-Expect:  as good as the decoder, and better where the data come from many policies.
+Expect:  below a clone on one policy's data if the VAE's fit was short, better on many policies'.
          Scores and curves: results/README.md.
 """
 import copy
@@ -268,7 +268,7 @@ def update(args: Args, data: Dataset, actor: Actor, latent_target: LatentPolicy,
 
 
 def fit_first(what: str, one_update: Callable, count: Tensor, steps: int, run: Run) -> None:
-    """The fit that comes before step 1, from update `count` on, which a resumed run has."""
+    """The fit before step 1. It starts at update `count`, which is above 0 in a resumed run."""
     run.unsaved = True  # Ctrl-C waits until it is saved
     pause = 0.2 if sys.stderr.isatty() else 30  # seconds between two states of the bar
     rounds = range(int(count), steps)

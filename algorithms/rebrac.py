@@ -26,14 +26,14 @@ environment's units.
 
 Differences from the official code (tinkoff-ai/ReBRAC), which we follow where paper and code differ:
   D1 β₂ of hopper-medium and hopper-expert is the code's, 0.01 and 0.1; the paper has 0.001 in both.
-  D2 A row without a′, because a time limit or the file ends there, is left out, as in the code. Of
-     D4RL files without next observations, where the loader has left out such rows already, this
-     costs one more row per episode. A file's last row stays if it terminates, since (E2) needs no
-     a′ there; the code leaves it out in any case.
+  D2 A row without a′, because a time limit or the file ends there, is left out, as in the code. For
+     D4RL files without next observations the loader has already left out one such row per episode,
+     so a second one is lost. A last row that terminates stays; the code leaves it out.
   D3 For data that TUNED does not name both weights are hopper-medium's, 0.01; the code's are 1.
 
-Watch: cloning_error, the squared distance to the data's actions, should fall towards a clone's and
-stay there. While it is far above, Q is asked where it is not known. q_policy stays near q_data.
+Watch: cloning_error, the squared distance to the data's actions (A times what bc.py shows), should
+fall towards a clone's and stay there. While it is far above, Q is asked where it is not known.
+q_policy stays near q_data.
 
 Run:     python algorithms/rebrac.py --env hopper-medium
 Expect:  a slow start: below a clone for tens of thousands of updates, as the default weights clone

@@ -36,14 +36,14 @@ Differences from the official code (google-research/batch_rl):
      of 50 files at a time, anew in each iteration.
   D6 When acting it never explores; the code's evaluations do so in one step of a thousand.
 
-Watch: head_std, the spread of the heads, shrinks but stays above 0 with REM. q_policy can't rightly
-exceed the largest discounted return; if it does, the maximum has found overestimated actions, and
-the policy is of no use, as in dqn.py.
+Watch: head_std, the spread of the heads, grows slowly with Q; a sudden rise means that the heads
+differ where no data are. q_policy above the largest discounted return proves overestimation, as in
+dqn.py; below it a policy may fail all the same, so look at the evaluations.
 
 Run:     python algorithms/rem.py --env cartpole-replay
          python algorithms/rem.py --env cartpole-replay --ensemble
-Expect:  far above the data on cartpole-replay; evaluations swing, so that a few seeds do not tell
-         REM, Ensemble-DQN and DQN apart; failure on cartpole-medium, one policy's episodes.
+Expect:  far above the data on cartpole-replay; failure on cartpole-medium, one policy's episodes.
+         Which of REM, Ensemble-DQN and DQN is best depends on the dataset.
          Scores and curves: results/README.md.
 """
 import copy

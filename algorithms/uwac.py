@@ -1,6 +1,7 @@
 """UWAC, Uncertainty Weighted Actor-Critic: BEAR that trusts Q less where dropout varies it more.
 
-Wu, Zhai, Srivastava, Susskind, Zhang, Salakhutdinov & Goh, ICML 2021, arXiv 2105.08140.
+Wu, Zhai, Srivastava, Susskind, Zhang, Salakhutdinov & Goh, "Uncertainty Weighted Actor-Critic for
+Offline Reinforcement Learning", ICML 2021, arXiv 2105.08140.
 Notes: Uncertainty-Based › UWAC. The notes weight squared residuals by β/Var. The released code
 weights by exp(−β Var) unless told otherwise, and multiplies residuals before squaring them: w² in
 (E8), w in (E6). The notes' σ², the noise in the data, would be added to V in (E3). The code leaves
@@ -18,11 +19,11 @@ a weight that falls with the variance of the answers. The rest is BEAR: read bea
   (E3) M_k = 1/T Σ_t Q_k^t,  V = Σ_k 1/(T − 1) Σ_t (Q_k^t − M_k)²,  T passes for each s and a
   (E4) w(V) = exp(−β V), released, or min(1, β / V), the paper's;  no gradient
   (E5) y = r + γ (1 − d) max_n [ λ min_k M̄_k(s′, ã_n) + (1 − λ) max_k M̄_k(s′, ã_n) ],  N actions
-       ã_n = tanh(u_n) of π(·|s′);  w = w(max_n V̄(s′, ã_n)), where n may be another one
+       ã_n = tanh(u_n) of π(·|s′);  w = w(max_n V̄(s′, ã_n)), a maximum of its own over n
   (E6) L_π = E_D[ −w(V(s, ã_1)) min_k M_k(s, ã_1) + α (MMD(s) − ε) ],  without Q in the first steps,
-       MMD(s)² = mean_ij k(u_i, u_j) + mean_ij k(û_i, û_j) − 2 mean_ij k(u_i, û_j) + 10⁻⁶,
+       MMD(s)² = mean_ij κ(u_i, u_j) + mean_ij κ(û_i, û_j) − 2 mean_ij κ(u_i, û_j) + 10⁻⁶,
        u_i = μ(s) + σ(s)·η_i,  û_j = g(s, z_j), z_j = clip(η_j, −½, ½): both before tanh,
-       k(u, v) = exp(−‖u − v‖₂² / 2h), Gaussian, or exp(−‖u − v‖₁ / 2h), Laplacian
+       κ(x, y) = exp(−‖x − y‖₂² / 2h), Gaussian, or exp(−‖x − y‖₁ / 2h), Laplacian
   (E7) L_α = −α (E_D[MMD(s)] − ε),  then log α is clipped to [−5, 10]
   (E8) L_Q = Σ_k E_D[ ( w · (Q_k^1(s, a) − y) )² ],  one pass
   (E9) Q̄ ← Q̄ + rate · (Q − Q̄)
@@ -32,7 +33,7 @@ Shapes: B batch, S observation, A action, L = 2A latent, K = 2 critics, N action
 terminated: a truncated episode bootstraps. Observations are raw, actions lie in [-1, 1].
 
 Differences from the official code (apple/ml-uwac, whose script imports a file that it lacks):
-  D1 T = 10; there 100, ten times the work. With 10, V is typically off by half its size.
+  D1 T = 10; there 100, ten times the work. With 10, V is typically off by a third of its size.
   D2 p is rounded to a multiple of 1/256, 0.1 to 26/256 = 0.1016: a random byte for each unit.
   D3 (E10) uses all units, and the same 100 draws of η in every state, saved with the policy.
   D4 ‖W‖₂ is followed by one power iteration per update; there by one per forward pass.
@@ -45,7 +46,7 @@ nothing is learned (lower --beta, or scale rewards down). ‖W‖₂ = 1 lets Q 
 unit of (s, a), so large returns are fitted slowly. mmd and multiplier: as in bear.py.
 
 Run:     python algorithms/uwac.py --env hopper-medium
-Expect:  slow, and near BEAR. Scores and curves: results/README.md.
+Expect:  slow, and near BEAR, whose ε and kernel differ. Scores and curves: results/README.md.
 """
 import copy
 import math
@@ -324,7 +325,7 @@ def mmd(u: Tensor, v: Tensor, kernel: str, bandwidth: float) -> Tensor:
 
 def actor_loss(actor: Actor, vae: VAE, multiplier: Tensor, obs: Tensor, args: Args,
                warm_up: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """(E6); also the mean MMD, which (E7) needs, and the mean of w · Q of the policy's actions.
+    """(E6); also the mean MMD, which (E7) needs, and the mean Q of the policy's actions.
 
     In the warm-up Q does not enter, and its mean is given as 0.
     """
@@ -335,14 +336,15 @@ def actor_loss(actor: Actor, vae: VAE, multiplier: Tensor, obs: Tensor, args: Ar
         behavior = vae.decode(repeated, z.clamp(-LATENT_CLIP, LATENT_CLIP))  # (B, N, A)
     u = actor(obs, torch.randn_like(behavior))  # (B, N, A)
     distance = mmd(u, behavior, args.kernel, args.bandwidth).mean()
-    if warm_up:
-        q = torch.zeros_like(distance)
-    else:
+    q = weighted_q = torch.zeros_like(distance)
+    if not warm_up:
         first_action = torch.tanh(u[:, :1])  # (B, 1, A)
         value, variance = mean_and_variance(actor.critic, obs, first_action, args)
-        q = (uncertainty_weight(variance, args) * value.amin(dim=0)).mean()
+        q = value.amin(dim=0)
+        weighted_q = uncertainty_weight(variance, args) * q
     # (E6) here the weight is not squared
-    return -q + multiplier * (distance - args.max_mmd), distance.detach(), q.detach()
+    loss = -weighted_q.mean() + multiplier * (distance - args.max_mmd)
+    return loss, distance.detach(), q.detach().mean()
 
 
 def multiplier_loss(log_multiplier: Tensor, distance: Tensor, max_mmd: float) -> Tensor:

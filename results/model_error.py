@@ -164,7 +164,7 @@ def draw(results: list[dict]) -> None:
         right.tick_params(which="minor", labelsize=6)
         left.legend()
         right.legend()
-    figure.savefig(HERE / "model_error.png", dpi=90)
+    figure.savefig(HERE / "figures" / "model_error.png", dpi=90)
 
 
 if __name__ == "__main__":

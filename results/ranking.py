@@ -1,13 +1,16 @@
 """FQE's estimates against what policies really earn: ranking.json and figures/ranking.png.
 
-    python algorithms/fqe.py --env hopper-medium --steps 40000 --eval-every 2000 \\
-        --policies $(ls runs/*/hopper-medium/seed?/policy.pt | grep -v bcq)
+    for name in bc td3_bc iql crr sac; do
+        python algorithms/$name.py --env hopper-medium --holdout 0.1 --steps 20000 --out runs/judged
+    done                       (and the two runs of AWAC of results/grid.py --part studies)
+    python algorithms/fqe.py --env hopper-medium --holdout 0.1 --steps 40000 --eval-every 2000 \\
+        --policies runs/judged runs/awac-beta-2 runs/awac-beta-10
     python results/ranking.py runs/fqe/hopper-medium/seed0/result.json
 
-(BCQ draws a hundred actions from a VAE in each state: an hour on a core for a million states.)
-Left: a point for each policy, with its mean return and its estimate; the line is the right order.
-Estimates are discounted and know no time limit, so only ranks can be compared. Right: the rank
-correlation during training, which is of no use if it depends on when one stops.
+Training and judging see different episodes. Left: a point for each policy, with its mean return and
+its estimate; the line is the right order. Estimates are discounted and know no time limit, so only
+ranks can be compared. Right: the rank correlation during training, which is of no use if it depends
+on when one stops.
 """
 import argparse
 import json
@@ -43,7 +46,8 @@ def draw_ranks(one: dict, axis: plt.Axes) -> None:
     by_return = sorted(policy["return_mean"] for policy in policies)
     by_estimate = sorted(policy["estimate"] for policy in policies)
     for policy in policies:
-        algorithm, _, seed = policy["policy"].split("/")[-4:-1]
+        out, algorithm, _, seed = policy["policy"].split("/")[-5:-1]
+        algorithm = out if out.startswith(algorithm) else algorithm  # a study: awac-beta-10
         x = 1 + by_return.index(policy["return_mean"])
         y = 1 + by_estimate.index(policy["estimate"])
         axis.plot(x, y, "o", color=style.ESTIMATE)

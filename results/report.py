@@ -5,15 +5,18 @@ tables    the tables of results/README.md, from results/scores/ and published.js
 figures   results/figures/scores- and curves-<dataset>.png, from results/scores/
 progress  a table of the runs under way in a folder (default: runs): steps, speed, time left
 """
+import importlib
 import json
 import re
 import sys
 import time
 from collections import defaultdict
+from dataclasses import asdict
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]  # lets this file find common.py
-from common import NAMES, SUITE, fail, load_dataset
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "algorithms")]  # finds common.py and the algorithms
+from common import MAY_CHANGE, NAMES, SUITE, fail, load_dataset
 from style import CLONE, DATA, ESTIMATE, POLICY, plt
 
 import numpy as np
@@ -178,9 +181,14 @@ def score_of_data(run: dict) -> float:
 
 def is_current(run: dict) -> bool:
     """Whether a run used the dataset that `make data` builds, as far as the card knows it."""
-    rows = json.loads(CARD.read_text())
-    known = {row["name"]: row.get("fingerprint") for row in rows}
-    return run["dataset"]["fingerprint"] == known.get(run["env"])
+    used = run["dataset"]
+    row = next((row for row in json.loads(CARD.read_text()) if row["name"] == run["env"]), None)
+    if row is None or "earlier" in row:
+        return False
+    if "fingerprint" in row:
+        return used["fingerprint"] == row["fingerprint"]
+    return all(round(used[key], 2) == round(row[key], 2)
+               for key in ("transitions", "episodes", "return_mean"))
 
 
 def tables() -> None:
@@ -251,17 +259,35 @@ def younger_table(results: dict, published: dict) -> list[str]:
 
 
 def result_table(results: dict, published: dict) -> list[str]:
-    lines = ["| dataset | algorithm | updates | seeds | score | the data | published | "
-             "updates/s | data |", "|---|---|---:|---:|---:|---:|---|---:|---|"]
+    lines = ["| dataset | algorithm | updates | seeds | score | data's score | published | "
+             "updates/s | build | settings that are not the file's defaults |",
+             "|---|---|---:|---:|---:|---:|---|---:|---|---|"]
     for env in sorted(results, key=NAMES.index):
         for algorithm, runs in sorted(results[env].items()):
             speed = np.mean([run["updates_per_second"] for run in runs])
-            data = "current" if all(map(is_current, runs)) else "earlier"
+            build = "current" if all(map(is_current, runs)) else "earlier"
             lines.append(
                 f"| {env} | {algorithm} | {runs[0]['steps']:,} | {len(runs)} | {mean_and_std(runs)}"
                 f" | {score_of_data(runs[0]):.1f} | {published.get(env, {}).get(algorithm, '–')}"
-                f" | {speed:.0f} | {data} |")
+                f" | {speed:.0f} | {build} | {other_settings(runs[0])} |")
     return lines
+
+
+def other_settings(run: dict) -> str:
+    """What a run changed of its file's own settings, beside length, seed, threads and the like."""
+    file = file_of(run["algorithm"])
+    usual = asdict(file.Args()) | getattr(file, "TUNED", {}).get(run["env"], {})
+    changed = [f"{name} {value:,}" if type(value) is int else f"{name} {value}"
+               for name, value in run["args"].items()
+               if name in usual and name not in MAY_CHANGE + ("seed",) and usual[name] != value]
+    return ", ".join(changed)
+
+
+def file_of(algorithm: str):
+    """The module that made a result: brac of brac-p."""
+    while not (HERE.parent / "algorithms" / f"{algorithm}.py").exists():
+        algorithm = algorithm.rpartition("-")[0]
+    return importlib.import_module(algorithm)
 
 
 def study_table(results: dict) -> list[str]:

@@ -326,7 +326,7 @@ def test_actor_loss_equals_a_loop(monkeypatch, warm_up):
     loss.backward()
 
     def slow(weights=None):
-        distance, q_policy, kept = 0.0, 0.0, []
+        distance, q_policy, weighted_q, kept = 0.0, 0.0, 0.0, []
         for b in range(4):
             behavior = [slow_mlp(vae.decoder, torch.cat([obs[b], z.clamp(-0.5, 0.5)])) for z in latents[0][b]]
             u = [slow_raw(actor, obs[b], eps) for eps in noise[0][b]]
@@ -334,8 +334,9 @@ def test_actor_loss_equals_a_loop(monkeypatch, warm_up):
             if not warm_up:
                 means, variance = slow_moments(actor.critic, obs[b], [math.tanh(x) for x in u[0]], masks, b * 3, 3)
                 kept.append(weights[b] if weights else math.exp(-2 * variance))
-                q_policy += kept[-1] * min(means) / 4
-        return -q_policy + 1.7 * (distance - 0.3), distance, q_policy, kept
+                q_policy += min(means) / 4
+                weighted_q += kept[-1] * min(means) / 4
+        return -weighted_q + 1.7 * (distance - 0.3), distance, q_policy, kept
 
     *values, weights = slow()
     assert_close(torch.stack([loss, distance, q_policy]), values)

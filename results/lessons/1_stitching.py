@@ -5,7 +5,7 @@ Claim: a clone, or a Decision Transformer asked for a return, does what some epi
 did; a method that learns values joins the good half of one episode to the good half of another.
 模仿只能重复数据中的某一条轨迹；学习价值的方法能把两条轨迹各自好的一半接起来。
 See: each path of the data takes one box, IQL takes both. The transformer gets the 2 it is asked
-for, and 2 again when asked for 3. The clone averages two habits and takes no box.
+for, and 2 again when asked for 3. The clone averages two modes and takes no box.
 Imprecise in the notes: they do not say which methods can't stitch; the transformer is one here.
 Read next: algorithms/iql.py; beside it algorithms/bc.py and algorithms/decision_transformer.py.
 """
@@ -45,9 +45,9 @@ def play(act, num=1):
 
 def experiment(short: bool = False, seed: int = 0) -> dict:
     torch.manual_seed(seed)
-    habit = 1 - 2 * (torch.arange(100) % 2)  # half the episodes: up, then down; half: down, then up
+    mode = 1 - 2 * (torch.arange(100) % 2)  # half the episodes: up, then down; half: down, then up
     obs, action, reward = play(lambda k, obs, *_: (
-        (habit * ARCHES[k] - obs[:, k, 1]) / 0.75 + 0.1 * torch.randn(100)), 100)
+        (mode * ARCHES[k] - obs[:, k, 1]) / 0.75 + 0.1 * torch.randn(100)), 100)
     def window(obs, action, to_go):  # what a transformer reads: return still to come, obs, action
         step = torch.arange(8).expand(len(obs), -1)
         return dt.Window(obs[:, :-1], action[..., None], to_go, step, step >= 0)

@@ -1,12 +1,10 @@
 """Lesson 6: a constraint is as good as its model of the data; and what a constraint costs.
 
 Notes: Policy Constraints (软约束) › 问题.
-Claim: a wrong model of the data breaks a constraint; where they cover all actions it only costs.
-约束) › 问题.
 Claim: a wrong model of the behaviour breaks the constraint. And where the data cover all actions,
 the constraint only costs.
 约束好坏取决于行为策略估计得准不准；数据已覆盖所有动作时，约束只有代价。
-See: left, a Gaussian clone of two habits lies between them, where nothing is earned, and BRAC with
+See: left, a Gaussian clone of two modes lies between them, where nothing is earned, and BRAC with
 it; a VAE finds both. Right, the penalty saves the policy from a cliff, or costs most of the reward.
 Imprecise in the notes: where "all actions have reward 0" every policy earns 0, so nothing is lost;
 a cost needs something better in the data. And a wrong model need not mean few data (left).
@@ -30,11 +28,11 @@ import torch
 torch.set_num_threads(1)
 WEIGHTS = (0.001, 0.1, 1, 10)
 BRAC = [f"BRAC, weight {weight}" for weight in WEIGHTS]
-STATES = torch.eye(3)  # three states, each for ever: two habits, narrow data, data of all actions
+STATES = torch.eye(3)  # three states, each for ever: two modes, narrow data, data of all actions
 
 
 def reward(action):
-    """Of actions (3, N): a peak at each habit; a cliff beyond 0.3; the more the better."""
+    """Of actions (3, N): a peak at each mode; a cliff beyond 0.3; the more the better."""
     peaks = (1 - 4 * (action[0].abs() - 0.7).abs()).clamp(min=0)
     return torch.stack([peaks, torch.minimum(action[1], 0.9 - 2 * action[1]), action[2]])
 
@@ -59,9 +57,9 @@ def train_brac(batch, clone, weight, updates):
 def experiment(short: bool = False, seed: int = 0) -> dict:
     torch.manual_seed(seed)
     updates = 200 if short else 300
-    habits = 0.7 * (1 - 2 * (torch.arange(128) % 2)) + 0.04 * torch.randn(128)  # at −0.7 and 0.7
+    modes = 0.7 * (1 - 2 * (torch.arange(128) % 2)) + 0.04 * torch.randn(128)  # at −0.7 and 0.7
     everywhere = torch.tanh(0.8 * torch.randn(128) - 0.5)
-    data = torch.stack([habits, 0.4 * torch.rand(128) - 0.2, everywhere])  # (3, 128), by state
+    data = torch.stack([modes, 0.4 * torch.rand(128) - 0.2, everywhere])  # (3, 128), by state
     obs = STATES.repeat_interleave(128, dim=0)
     batch = Batch(obs, data.view(-1, 1), reward(data).flatten(), obs, torch.zeros(3 * 128))
     clone, vae = brac.Actor(3, 1), bcq.VAE(3, 1)
@@ -94,7 +92,7 @@ def draw(numbers, path) -> None:
         left.hist(actions[name], 40, density=True, range=(-1, 1), color=color, histtype=kind, lw=2)
         left.text(0.5, 0.92 - 0.08 * row, f"{name}: {earned[name][0]:.2f}", color=color,
                   transform=left.transAxes, weight="bold", ha="center")
-    left.set(xlabel="action", yticks=[], title="Two habits: who acts where, earns what")
+    left.set(xlabel="action", yticks=[], title="Two modes: who acts where, earns what")
     right.plot(WEIGHTS, [earned[name][1:] for name in BRAC], "o-", color=style.POLICY)
     right.text(10, 0.92, "data of all actions", color=style.POLICY, ha="right")
     right.text(0.012, -0.75, "narrow data,\na cliff beyond", color=style.POLICY)

@@ -27,7 +27,7 @@ GAMMA, WEIGHT = 0.9, torch.tensor(0.3)
 STATE = torch.arange(5).repeat_interleave(20)[:, None]  # 20 rows in each of 5 states of a chain:
 ACTION = (torch.arange(100) % 5 == 4).long()[:, None]  # 80% go left (0), 20% go right (1)
 FORMS = {"push down only": 0.0, "and pull the data up": 1.0, "log-sum-exp": 1.0}  # data_weight
-POLICIES = {"unlike the data": 0.3, "the data's habit": 0.98}  # share of steps to the left
+POLICIES = {"unlike the data": 0.3, "the data's mode": 0.98}  # share of steps to the left
 
 
 def backup(reward, value):
@@ -83,13 +83,13 @@ def check(numbers) -> None:
         elif form == "and pull the data up":
             assert highest_q > 0.05 and max(v_error) < 0
         else:
-            assert min(v_error) > 0.02 if name == "the data's habit" else max(v_error) < 0
+            assert min(v_error) > 0.02 if name == "the data's mode" else max(v_error) < 0
 
 
 def draw(numbers, path) -> None:
     _, axes = plt.subplots(1, 3, figsize=(9, 4), sharey=True)
     for axis, form in zip(axes, FORMS):
-        q_error, v_error = numbers["the data's habit", form]
+        q_error, v_error = numbers["the data's mode", form]
         axis.axhspan(0, 0.3, color=style.ESTIMATE, alpha=0.1)
         for action, marker in enumerate("<>"):
             axis.plot(torch.arange(5) + 0.4 * action - 0.2, [q[action] for q in q_error], marker,
