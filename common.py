@@ -335,7 +335,8 @@ def evaluate(act: Callable, env_spec: str, episodes: int, seed: int = 0, device=
             returns += play(act, group, first, seed, device, record)
     finally:
         for env in envs:
-            env.close()
+            with suppress(Exception):  # all is played; how it closes does not matter
+                env.close()
     return np.array(returns)
 
 
@@ -358,6 +359,8 @@ def play(act: Callable, envs: list[gym.Env], first: int, seed: int, device,
             next_obs, reward, terminated, truncated, _ = envs[i].step(own)
             next_obs = encode_obs(obs_space, next_obs)
             reward = float(np.asarray(reward).item())  # some environments give an array (1,)
+            if not (math.isfinite(reward) and np.isfinite(next_obs).all()):
+                raise ValueError(f"a step gave the reward {reward} and the observation {next_obs}")
             terminated = bool(terminated)
             truncated = bool(truncated)
             if record:
@@ -381,7 +384,8 @@ MAY_CHANGE = (  # settings that may be others when a run resumes: they do not ch
 def run_folder(args, algorithm: str) -> Path:
     """Where a run is recorded; of a file's path only its name counts."""
     env = Path(args.env).stem if is_file(args.env) else args.env
-    return Path(args.out) / algorithm / re.sub(r"[^\w.-]", "_", env) / f"seed{args.seed}"
+    env = re.sub(r"[^\w.-]", "_", env)
+    return Path(args.out).expanduser() / algorithm / env / f"seed{args.seed}"
 
 
 def take_folder(folder: Path, resume: bool = False):
@@ -416,9 +420,10 @@ class Run:
         `variant` names a mode: -top10 makes bc-top10 beside bc. `gflop` is the work of one update
         (make bench prints it); it decides how many threads help.
         """
-        check_range(args, "steps eval_every eval_episodes final_episodes", 1)
+        check_range(args, "steps eval_every", 1)
+        check_range(args, "eval_episodes final_episodes", 0)
         check_range(args, "seed", 0, 2**31 - 1)
-        check_range(args, "threads", 0)
+        check_range(args, "threads", 0, 1024)
         use_threads(args.threads, gflop)
         torch.manual_seed(args.seed)
         self.args = args
@@ -620,16 +625,19 @@ class Run:
         if data.env_spec is None:
             say(f"{label:<15} no environment, nothing is rolled out")
             return [], None
+        if episodes == 0:
+            return [], None
         cuda = [torch.cuda.current_device()] if data.device.type == "cuda" else []
         try:
             with torch.random.fork_rng(cuda):
                 torch.manual_seed(seed)
                 returns = evaluate(self.actor.act, data.env_spec, episodes, 10**6 * seed,
                                    data.device)
-        except Exception as error:  # whatever an environment may raise
+        except (Exception, SystemExit) as error:  # whatever an environment may raise
             self._fail(f"the evaluation in {env_id(data.env_spec)} failed ("
                        f"{type(error).__name__}: {error}); training is saved in {self.checkpoint}, "
-                       "and --resume --eval-env none continues without evaluation")
+                       "and --resume --eval-episodes 0 --final-episodes 0 continues without "
+                       "evaluation")
         score = data.score(returns)
         shown = "none" if score is None else f"{score:.1f}"
         say(f"{label:<15} return {returns.mean():8.1f} ± {returns.std():6.1f}   "
@@ -648,6 +656,7 @@ OTHER_BODIES = {  # D4RL's further bodies, as in SUITE; None: no environment of 
     "door": ("gymnasium_robotics:AdroitHandDoor-v1", -56.512833, 2880.5693087298737),
     "relocate": ("gymnasium_robotics:AdroitHandRelocate-v1", -6.425911, 4233.877797728884),
 }
+MOST_ACTIONS = 10_000  # of a file whose environment is not known
 DESKTOP_WRAPPERS = ("RecordVideo", "HumanRendering", "RenderCollection")  # they film or show
 KEYS = ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations")
 
@@ -712,10 +721,16 @@ def build_suite_dataset(body: str, level: str) -> str:
         notice(f"{body}-{level} on this disk is of earlier behaviour policies; it is built anew")
     if not COLLECT.exists():
         fail(f"{dataset_id} is not built, and only the repository can build it, with {COLLECT}")
+    builder = subprocess.Popen([sys.executable, COLLECT, dataset_id])
+    before = signal.getsignal(signal.SIGTERM)
+    with suppress(ValueError):  # only the main thread may take signals
+        signal.signal(signal.SIGTERM, lambda *_: builder.terminate())
     try:
-        failed = subprocess.run([sys.executable, COLLECT, dataset_id]).returncode != 0
-    except KeyboardInterrupt:
+        failed = builder.wait() != 0
+    except KeyboardInterrupt:  # it got the Ctrl-C, too
         failed = True
+    with suppress(ValueError):
+        signal.signal(signal.SIGTERM, before)
     if failed:
         fail(f"{dataset_id} was not built")
     return dataset_id
@@ -770,15 +785,20 @@ def read_minari(dataset_id: str) -> Source:
     from minari.dataset.minari_storage import MinariStorage
 
     folder = minari_folder(dataset_id)
-    storage = MinariStorage.read(folder / "data")
+    try:
+        storage = MinariStorage.read(folder / "data")
+    except AssertionError:
+        fail(f"{dataset_id} has no observation_space or no action_space in its metadata")
     check_action_space(dataset_id, storage.action_space)
     kept = folder / "columns.npz"
     stamp = str(max(path.stat().st_mtime_ns for path in (folder / "data").rglob("*")))
     columns = read_kept_columns(kept, stamp)
     if columns is None:
         columns = flatten_episodes(dataset_id, storage)
-        if os.access(folder, os.W_OK):
+        try:
             write_atomically(kept, lambda part: np.savez(part, stamp=stamp, **columns))
+        except SystemExit:  # a disk that is full or not ours costs time, not the run
+            notice(f"so {dataset_id} is read anew at each start")
     meta = storage.metadata
     score_range = NO_RANGE
     with suppress(TypeError, ValueError):  # null, or some text
@@ -879,7 +899,7 @@ def read_file(path: Path, eval_env: str) -> Source:
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
     """The arrays of a file that have D4RL's keys: at least the first four, all of one length."""
     if not path.is_file():
-        fail(f"{path} is a folder" if path.exists() else f"there is no file {path}")
+        fail(f"{path} is a folder" if path.is_dir() else f"there is no file {path}")
     if path.suffix.lower() == ".npz":
         opened = np.lib.npyio.NpzFile(path)  # np.load would take other files for pickles
     else:
@@ -892,8 +912,11 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
         arrays = {key: read_array(file, key) for key in wanted}
     missing = [key for key in KEYS[:4] if key not in found]
     if missing:
+        if "episode_0" in found:
+            fail(f"{path} is a part of a Minari dataset; give the dataset's id")
+        shown = ", ".join(found[:10]) + (" and others" if len(found) > 10 else "")
         fail(f"{path} lacks {', '.join(missing)}; looked for {', '.join(KEYS)}, of which the last "
-             f"two may be absent; found {', '.join(found) or 'nothing'}")
+             f"two may be absent; found {shown or 'nothing'}")
     count = len(arrays["rewards"])
     if count == 0:
         fail(f"{path} is empty")
@@ -903,9 +926,15 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
                  "episodes one after the other")
         if len(array) != count:
             fail(f"{path}: its columns differ in length: {count} rewards, {len(array)} {key}")
+        if array.size == 0:
+            fail(f"{path}: {key} has shape {array.shape}, so it holds no numbers")
         if key == "next_observations" and array.shape != arrays["observations"].shape:
             fail(f"{path}: observations have shape {arrays['observations'].shape}, {key} "
                  f"{array.shape}")
+        kinds = {array.dtype, arrays["observations"].dtype}
+        if key == "next_observations" and len(kinds) == 2 and np.dtype(np.uint8) in kinds:
+            fail(f"{path}: observations are {arrays['observations'].dtype}, {key} {array.dtype}; "
+                 "give both as bytes, or both as floats")
         if key.endswith(("observations", "actions")):
             continue
         if array.size != count:
@@ -1000,6 +1029,9 @@ def file_action_space(name: str, action: np.ndarray, env: gym.Env | None) -> spa
     if whole and action.dtype.kind in "biu":
         if action.min() > 0:
             notice(f"{name} has no action 0; discrete actions are counted from 0")
+        if action.max() >= MOST_ACTIONS:
+            fail(f"{name} has the action {action.max()}; actions are numbers from 0, and more than "
+                 f"{MOST_ACTIONS:,} are hardly meant; number those that occur 0, 1, 2 …")
         return spaces.Discrete(max(1, int(action.max()) + 1))
     return spaces.Box(-np.inf, np.inf, (numbers,), np.float32)
 
@@ -1125,7 +1157,8 @@ def choose_env(name: str, source: Source,
         env_spec = clean_spec(recorded)
         env = make_env(env_spec)
         wanted = encoded_shape(env.observation_space)
-        env.close()
+        with suppress(Exception):
+            env.close()
     except Exception as error:
         message = (f"the environment {env_id(recorded)} can't be made here "
                    f"({type(error).__name__}: {error})")
@@ -1261,9 +1294,8 @@ def load_policy(path: str | Path, device="cpu") -> Callable:
     path = Path(path)
     if path.is_dir():
         path = path / "policy.pt"
-    for folder in (HERE, HERE / "algorithms"):
-        if str(folder) not in sys.path:
-            sys.path.append(str(folder))
+    for folder in (HERE, HERE / "algorithms"):  # first: a user's folder may have a bc.py, too
+        sys.path.insert(0, str(folder))
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         actor = getattr(importlib.import_module(saved["module"]), saved["class"])(*saved["init"])
@@ -1277,6 +1309,8 @@ def load_policy(path: str | Path, device="cpu") -> Callable:
 def act_on(actor: torch.nn.Module, obs) -> Tensor:
     """actor.act of numpy's arrays and float64 too, as simulators give them."""
     weight = next(actor.parameters())
+    if isinstance(obs, np.ndarray):  # one that torch takes: native bytes, no negative strides
+        obs = obs.astype(obs.dtype.newbyteorder("="))
     obs = torch.as_tensor(obs, device=weight.device)
     return actor.act(obs.to(weight.dtype) if obs.is_floating_point() else obs)
 

@@ -6,7 +6,7 @@ Notes: Value Function Regularization › COMBO. (75.5 in their table is of walke
 
 MOPO relies on the model's estimate of its own error, which is often poor. COMBO takes imagined
 steps as they are, and lowers Q there by CQL's term. At the same weight it is less pessimistic than
-CQL: at pairs (s, a) both in the data and imagined the two parts of the term cancel.
+CQL: at pairs (s, a) both real and imagined the two parts of the term cancel.
 
   siblings  learned              penalty                           acts on
   mopo.py   7 Gaussian networks  λ · largest standard deviation    reward of an imagined step
@@ -83,7 +83,7 @@ class Args:
     device: str = "auto"  # auto, cpu or cuda
     threads: int = 0  # of the CPU; 0: one for light updates, up to four for heavy ones
     eval_every: int = 5_000  # updates between evaluations, and between checkpoints [=]
-    eval_episodes: int = 10  # per evaluation [=]
+    eval_episodes: int = 10  # per evaluation; 0: none [=]
     final_episodes: int = 100  # behind the final score [=]
     eval_env: str = "auto"  # auto: as recorded; none: no evaluation; or a Gymnasium id
     holdout: float = 0.0  # share of episodes kept from training, for fqe.py

@@ -81,7 +81,7 @@ class Args:
     device: str = "auto"  # auto, cpu or cuda
     threads: int = 0  # of the CPU; 0: one for light updates, up to four for heavy ones
     eval_every: int = 10_000  # updates between evaluations and checkpoints [C experiment.py]
-    eval_episodes: int = 10  # per evaluation [D5]
+    eval_episodes: int = 10  # per evaluation; 0: none [D5]
     final_episodes: int = 100  # behind the final score, and for the second target [C experiment.py]
     eval_env: str = "auto"  # auto: as recorded; none: no evaluation; or a Gymnasium id
     holdout: float = 0.0  # share of episodes kept from training, for fqe.py
@@ -391,7 +391,7 @@ def train(args: Args) -> None:
         run.step(step, one_update())
     run.finish()
 
-    if data.env_spec:
+    if data.env_spec and args.final_episodes > 0:
         second = target / 2 if target > 0 else 2 * target  # [D4]
         returns = evaluate(Player(actor, second), data.env_spec, args.final_episodes,
                            10**6 * (args.seed + 1000), data.device)

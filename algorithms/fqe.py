@@ -148,7 +148,7 @@ class PolicyCritic(nn.Module):
 def find_policies(given: tuple[str, ...]) -> list[Path]:
     """The policy.pt files named, and those in the folders named."""
     paths = []
-    for path in map(Path, given):
+    for path in [Path(each).expanduser() for each in given]:
         paths += sorted(path.rglob("policy.pt")) if path.is_dir() else [path]
     if not given:
         fail("--policies: give policy.pt files, or folders that hold some")
@@ -190,12 +190,17 @@ def misfit(act, own_spec: str | None, data: Dataset) -> str | None:
 
 def rollout_return(path: Path, act, data: Dataset, args: Args) -> float:
     """The mean return: from the policy's own run, if that is beside it; otherwise it plays."""
-    with suppress(OSError, ValueError, KeyError):  # there is none, or it is damaged
-        returns = json.loads(path.with_name("result.json").read_text())["final_returns"]
-        if returns:
-            return float(np.mean(returns))
+    with suppress(OSError, ValueError, KeyError, TypeError):  # there is none, or it is damaged
+        result = json.loads(path.with_name("result.json").read_text())
+        returns = np.array(result["final_returns"], float)
+        if returns.ndim == 1 and len(returns) and np.isfinite(returns).all():
+            return float(returns.mean())
     seed = 10**6 * (args.seed + 1000)
-    returns = evaluate(act, data.env_spec, args.final_episodes, seed, data.device)
+    try:
+        returns = evaluate(act, data.env_spec, args.final_episodes, seed, data.device)
+    except (Exception, SystemExit) as error:  # whatever an environment may raise
+        fail(f"the rollouts of {path} in {env_id(data.env_spec)} failed ({type(error).__name__}: "
+             f"{error}); --eval-env none judges without rollouts")
     return float(returns.mean())
 
 

@@ -72,7 +72,7 @@ class Args:
     device: str = "auto"  # auto, cpu or cuda
     threads: int = 0  # of the CPU; 0: one for light updates, up to four for heavy ones
     eval_every: int = 5_000  # updates between evaluations, and between checkpoints [=]
-    eval_episodes: int = 10  # per evaluation [=]
+    eval_episodes: int = 10  # per evaluation; 0: none [=]
     final_episodes: int = 100  # behind the final score [=]
     eval_env: str = "auto"  # auto: as recorded; none: no evaluation; or a Gymnasium id
     holdout: float = 0.0  # share of episodes kept from training, for fqe.py

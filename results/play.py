@@ -15,7 +15,16 @@ from pathlib import Path
 
 os.environ.setdefault("MUJOCO_GL", "egl")  # before mujoco is loaded: draw without a screen
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]  # lets this file find common.py
-from common import SUITE, decode_action, encode_obs, env_id, evaluate, fail, load_policy
+from common import (
+    SUITE,
+    check_range,
+    decode_action,
+    encode_obs,
+    env_id,
+    evaluate,
+    fail,
+    load_policy,
+)
 
 import gymnasium as gym
 import numpy as np
@@ -31,14 +40,17 @@ def env_of(run: Path) -> str:
     path = run / "policy.pt" if run.is_dir() else run
     if not path.exists():
         fail(f"there is no {path}")
-    env_spec = torch.load(path, map_location="cpu", weights_only=True)["env_spec"]
+    try:
+        env_spec = torch.load(path, map_location="cpu", weights_only=True)["env_spec"]
+    except Exception as error:
+        fail(f"{path} is no saved policy ({type(error).__name__}: {error})")
     if env_spec is None:
         fail(f"{path} belongs to no environment, so there is nothing to play")
     return env_spec
 
 
 def film(act, env_spec: str, seed: int, most_steps: int) -> list[Image.Image]:
-    """One episode as pictures, every few steps one."""
+    """One episode as pictures, every few steps one. Raises what the environment raises."""
     spec = gym.envs.registration.EnvSpec.from_json(env_spec)
     sized = {}
     if "mujoco" in str(spec.entry_point):
@@ -56,7 +68,8 @@ def film(act, env_spec: str, seed: int, most_steps: int) -> list[Image.Image]:
     pictures, total = [], 0.0
     for step in range(most_steps):
         if step % every == 0:
-            picture = Image.fromarray(np.asarray(env.render())).resize((WIDTH, HEIGHT))
+            pixels = np.asarray(env.render(), np.uint8)  # (height, width, 3)
+            picture = Image.fromarray(pixels).resize((WIDTH, HEIGHT))
             write(picture, 26, f"return {total:,.0f}")
             pictures.append(picture)
         row = torch.as_tensor(encode_obs(env.observation_space, obs))[None]
@@ -91,14 +104,15 @@ def side_by_side(films: list[list[Image.Image]], labels: list[str]) -> list[Imag
 
 
 def save(frames: list[Image.Image], path: Path) -> None:
-    if path.suffix.lower() == ".gif":
-        small = [frame.quantize(32, dither=Image.Dither.NONE) for frame in frames]
-        small[0].save(path, save_all=True, append_images=small[1:], loop=0, optimize=True,
-                      duration=round(1000 / FRAMES_PER_SECOND))
-        return
     try:
-        import imageio.v2
-        imageio.v2.mimsave(path, [np.asarray(frame) for frame in frames], fps=FRAMES_PER_SECOND)
+        if path.suffix.lower() == ".gif":
+            small = [frame.quantize(32, dither=Image.Dither.NONE) for frame in frames]
+            small[0].save(path, save_all=True, append_images=small[1:], loop=0, optimize=True,
+                          duration=round(1000 / FRAMES_PER_SECOND))
+        else:
+            import imageio.v2
+            pictures = [np.asarray(frame) for frame in frames]
+            imageio.v2.mimsave(path, pictures, fps=FRAMES_PER_SECOND)
     except Exception as error:
         fail(f"{path} can't be written ({error}); .mp4 needs pip install imageio-ffmpeg, "
              "a .gif needs nothing")
@@ -113,20 +127,31 @@ def main() -> None:
     parser.add_argument("--labels", nargs="+", help="names in the film, one for each run")
     parser.add_argument("--most-steps", type=int, default=1000, help="of the film")
     options = parser.parse_args()
+    check_range(options, "episodes most_steps", 1)
+    check_range(options, "seed", 0)
+    if options.video and options.video.suffix.lower() not in (".gif", ".mp4"):
+        fail(f"--video {options.video}: give a name that ends in .gif or .mp4")
+    if options.video and not options.video.parent.is_dir():
+        fail(f"--video {options.video}: there is no folder {options.video.parent}")
     labels = options.labels or [str(run) for run in options.runs]
     ranges = {entry[0]: entry[1:] for entry in SUITE.values()}
     films = []
     for run in options.runs:
         env_spec = env_of(run)
         act = load_policy(run)
-        returns = evaluate(act, env_spec, options.episodes, options.seed)
+        try:
+            returns = evaluate(act, env_spec, options.episodes, options.seed)
+            if options.video:
+                films.append(film(act, env_spec, options.seed, options.most_steps))
+        except (Exception, SystemExit) as error:  # whatever an environment may raise
+            if isinstance(error, SystemExit) and error.code == 2:
+                raise  # a message of ours
+            fail(f"playing {run} in {env_id(env_spec)} failed ({type(error).__name__}: {error})")
         low, high = ranges.get(env_id(env_spec), (np.nan, np.nan))
         score = 100 * (returns.mean() - low) / (high - low)
         shown = "" if np.isnan(score) else f"   score {score:.1f}"
         print(f"{run}: return {returns.mean():.1f} ± {returns.std():.1f} over "
               f"{len(returns)} episodes{shown}")
-        if options.video:
-            films.append(film(act, env_spec, options.seed, options.most_steps))
     if options.video:
         save(side_by_side(films, labels), options.video)
         print(f"film: {options.video}")

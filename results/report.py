@@ -373,29 +373,39 @@ def draw_curves(env: str, runs_of: dict, names: list[str]) -> None:
 
 def progress(folder: Path) -> None:
     """What the checkpoints' folders tell: last evaluation, whether finished, minutes since."""
+    runs = [file.parent for file in sorted(folder.glob("*/*/seed*/settings.json"))]
+    if not runs:
+        fail(f"no runs in {folder}; it must hold <algorithm>/<env>/seed<k>")
     print(f"{'run':<52}{'step':>12}{'of':>12}{'last score':>12}{'updates/s':>11}{'hours left':>12}")
-    import torch
-    for settings_file in sorted(folder.glob("*/*/seed*/settings.json")):
-        settings = json.loads(settings_file.read_text())
-        run = settings_file.parent
-        checkpoint = run / "checkpoint.pt"
+    for run in runs:
         name = str(run.relative_to(folder))
-        if (run / "result.json").exists():
-            result = json.loads((run / "result.json").read_text())
-            print(f"{name:<52}{result['steps']:>12,}{result['steps']:>12,}"
-                  f"{result['score'] or 0:>12.1f}{result['updates_per_second']:>11.1f}"
-                  f"{'finished':>12}")
-        elif checkpoint.exists():
-            saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
-            speed = saved["step"] / max(saved["seconds"], 1e-9)
-            scores = [point["score"] for point in saved["curve"] if point["score"] is not None]
-            last = f"{scores[-1]:.1f}" if scores else "–"
-            left = (settings["steps"] - saved["step"]) / max(speed, 1e-9) / 3600
-            silent = (time.time() - checkpoint.stat().st_mtime) / 60
-            print(f"{name:<52}{saved['step']:>12,}{settings['steps']:>12,}{last:>12}{speed:>11.1f}"
-                  f"{left:>12.1f}   checkpoint {silent:.0f} minutes ago")
-        else:
-            print(f"{name:<52}{0:>12,}{settings['steps']:>12,}{'no checkpoint yet':>35}")
+        try:
+            print(f"{name:<52}{progress_of(run)}")
+        except Exception as error:  # one damaged file must not hide the other runs
+            print(f"{name:<52}can't be read: {type(error).__name__}")
+
+
+def progress_of(run: Path) -> str:
+    """One run's row, without its name."""
+    import torch
+
+    steps = json.loads((run / "settings.json").read_text())["steps"]
+    checkpoint = run / "checkpoint.pt"
+    if (run / "result.json").exists():
+        result = json.loads((run / "result.json").read_text())
+        score = "–" if result["score"] is None else f"{result['score']:.1f}"
+        return (f"{result['steps']:>12,}{result['steps']:>12,}{score:>12}"
+                f"{result['updates_per_second']:>11.1f}{'finished':>12}")
+    if not checkpoint.exists():
+        return f"{0:>12,}{steps:>12,}{'no checkpoint yet':>35}"
+    saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    speed = saved["step"] / max(saved["seconds"], 1e-9)
+    scores = [point["score"] for point in saved["curve"] if point["score"] is not None]
+    last = f"{scores[-1]:.1f}" if scores else "–"
+    left = (steps - saved["step"]) / max(speed, 1e-9) / 3600
+    silent = (time.time() - checkpoint.stat().st_mtime) / 60
+    return (f"{saved['step']:>12,}{steps:>12,}{last:>12}{speed:>11.1f}{left:>12.1f}"
+            f"   checkpoint {silent:.0f} minutes ago")
 
 
 if __name__ == "__main__":

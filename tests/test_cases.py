@@ -363,10 +363,32 @@ def test_a_simulator_that_fails(register, capsys):
     """Row 74: the checkpoint is there already, and the run can go on without evaluation."""
     record("my/fails-v0", register("Fails-v0", fails=True), steps=4)
     line = refused(capsys, lambda: train("bc", "my/fails-v0"))
-    assert "the simulator is gone" in line and "Fails-v0" in line and "--eval-env none" in line
+    assert "the simulator is gone" in line and "Fails-v0" in line and "--eval-episodes 0 --final-episodes 0" in line
     assert torch.load(run_of("bc") / "checkpoint.pt", weights_only=True)["step"] == 2
-    again = train("bc", "my/fails-v0", resume=True, eval_env="none")
+    again = train("bc", "my/fails-v0", resume=True, eval_episodes=0, final_episodes=0)
     assert again["final_returns"] == [] and [point["step"] for point in again["curve"]] == [2]
+    assert again["score"] is None
+
+
+@pytest.mark.parametrize("trouble, line", [(dict(fails=True), "the simulator is gone"), (dict(gain=float("nan")), "the reward nan")])
+def test_a_simulator_that_fails_with_data_from_a_file(register, capsys, trouble, line):
+    """What the message advises works where the environment also says what an action is; a reward of NaN is no result."""
+    register("Trouble-v0", **trouble)
+    path = save("log.npz", columns(action=2))
+    assert line in refused(capsys, lambda: train("td3_bc", path, eval_env="Trouble-v0"))
+    assert train("td3_bc", path, eval_env="Trouble-v0", resume=True, eval_episodes=0, final_episodes=0)["final_returns"] == []
+
+
+def test_a_simulator_that_fails_while_policies_are_judged(register, capsys):
+    import fqe
+    register("Trouble-v0", fails=True)
+    path = save("log.npz", columns(action=2))
+    train("bc", path, eval_env="Trouble-v0", eval_episodes=0, final_episodes=0)
+    args = fqe.Args(env=path, policies=(str(run_of("bc")),), steps=1, device="cpu", out="runs", eval_env="Trouble-v0")
+    for content in ("null", '{"final_returns": [null]}', '{"final_returns": 3}'):  # then it plays
+        (run_of("bc") / "result.json").write_text(content)
+        line = refused(capsys, lambda: fqe.train(args))
+        assert "the simulator is gone" in line and "--eval-env none" in line
 
 
 def test_another_environment_to_evaluate_in(register, capsys):
@@ -715,6 +737,40 @@ def test_columns_that_are_something_else(capsys, key, values, line):
     assert line in refused(capsys, lambda: load(save("log.npz", columns() | {key: values}), discrete=None))
 
 
+@pytest.mark.parametrize("change, line", [
+    (dict(actions=np.zeros((40, 0))), "actions has shape (40, 0), so it holds no numbers"),
+    (dict(actions=np.full(40, 10**9)), "has the action 1000000000; actions are numbers from 0"),
+    (dict(observations=np.zeros((40, 3), np.uint8)), "observations are uint8, next_observations float32"),
+])
+def test_numbers_that_are_not_meant(capsys, change, line):
+    """No action at all; ids of items in place of numbers from 0; bytes beside fractions of 255."""
+    assert line in refused(capsys, lambda: load(save("log.npz", columns() | change), discrete=None))
+
+
+def test_a_file_of_a_minari_set_and_keys_without_end(register, capsys):
+    record("my/set-v0", register("Set-v0"))
+    path = minari.storage.get_dataset_path("my/set-v0") / "data" / "main_data.hdf5"
+    assert "a part of a Minari dataset" in refused(capsys, lambda: load(path))
+    line = refused(capsys, lambda: load(save("log.npz", {f"key{i}": np.zeros(1) for i in range(99)})))
+    assert line.endswith("and others") and len(line) < 400
+
+
+def test_a_minari_set_whose_columns_cannot_be_kept(register, capsys):
+    """A full disk, or one for reading only, costs time and not the run."""
+    record("my/full-v0", register("Full-v0"))
+    (minari.storage.get_dataset_path("my/full-v0") / "columns.npz").mkdir()
+    assert load("my/full-v0").size == 18
+    assert "read anew at each start" in said(capsys)[-1]
+
+
+def test_a_minari_set_without_a_space(register, capsys):
+    record("my/bare-v0", register("Bare-v0"))
+    path = minari.storage.get_dataset_path("my/bare-v0") / "data" / "metadata.json"
+    meta = json.loads(path.read_text())
+    path.write_text(json.dumps({key: value for key, value in meta.items() if key not in ("env_spec", "action_space")}))
+    assert "my/bare-v0 has no observation_space or no action_space" in refused(capsys, lambda: load("my/bare-v0"))
+
+
 def test_files_that_are_something_else(capsys):
     """Parts in a group; a pickle, and an HDF5 file, under another name: not the advice to allow pickles."""
     arrays = columns()
@@ -887,6 +943,14 @@ def test_a_reader_of_the_output_who_leaves(monkeypatch):
     os.close(reading)
     common.say("two")
     print("three", flush=True)
+
+
+def test_a_folder_with_a_bc_of_its_own(tmp_path):
+    """load_policy takes this repository's file, and runs no other."""
+    train("bc", save("log.npz", columns()))
+    (tmp_path / "bc.py").write_text("raise SystemExit(3)")
+    code = f"import sys; sys.path.append({str(ROOT)!r}); import common; common.load_policy({str(run_of('bc'))!r})"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 # ---- runs
@@ -1065,6 +1129,9 @@ def test_a_saved_policy_takes_what_a_simulator_gives(name):
             act.start(2)
         given.append(act(form))
     assert torch.equal(given[0], given[1]) and torch.equal(given[0], given[2])
+    if not hasattr(act, "start"):
+        for form in (obs.astype(">f8"), np.ascontiguousarray(obs[:, ::-1])[:, ::-1]):  # other bytes, a view backwards
+            assert torch.equal(given[0], act(form))
 
 
 def test_a_policy_that_cannot_be_loaded(tmp_path, capsys):
@@ -1139,7 +1206,7 @@ def test_devices(log, capsys, device):
 @pytest.mark.parametrize("settings, line", [
     (dict(actor_lr=-1.0), "--actor-lr must be at least 0, not -1"), (dict(gamma=1.5), "--gamma must be between 0 and 1"),
     (dict(batch_size=0), "--batch-size must be at least 1"), (dict(steps=0), "--steps must be at least 1"),
-    (dict(threads=-1), "--threads must be at least 0"), (dict(critic_lr=float("nan")), "--critic-lr must be at least 0"),
+    (dict(threads=-1), "--threads must be between 0 and 1024"), (dict(critic_lr=float("nan")), "--critic-lr must be at least 0"),
 ])
 def test_settings_out_of_range(log, capsys, settings, line):
     """Row 83."""

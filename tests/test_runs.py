@@ -176,7 +176,7 @@ def test_a_checkpoint_without_an_evaluation(tmp_path):
     args = replace(record.args, resume=True)
     again = common.Run(args, record.data)
     layer = torch.nn.Linear(1, 1)
-    assert again.begin({"layer": layer}, layer) == 0 and float(layer.weight) == 7 and again.curve == []
+    assert again.begin({"layer": layer}, layer) == 0 and layer.weight.item() == 7 and again.curve == []
     again.close()
 
 
