@@ -795,10 +795,8 @@ def read_minari(dataset_id: str) -> Source:
     columns = read_kept_columns(kept, stamp)
     if columns is None:
         columns = flatten_episodes(dataset_id, storage)
-        try:
-            write_atomically(kept, lambda part: np.savez(part, stamp=stamp, **columns))
-        except SystemExit:  # a disk that is full or not ours costs time, not the run
-            notice(f"so {dataset_id} is read anew at each start")
+        # a disk that is full or not ours costs time at the next start, not the run
+        write_atomically(kept, lambda part: np.savez(part, stamp=stamp, **columns), notice)
     meta = storage.metadata
     score_range = NO_RANGE
     with suppress(TypeError, ValueError):  # null, or some text
@@ -1237,15 +1235,18 @@ def clean_spec(env: str) -> str:
 # ---- 5. Files
 
 
-def write_atomically(path: Path, write: Callable) -> None:
-    """`write` a neighbour and rename it: a kill or a full disk leaves the old file whole."""
+def write_atomically(path: Path, write: Callable, report: Callable = fail) -> None:
+    """`write` a neighbour and rename it: a kill or a full disk leaves the old file whole.
+
+    What can't be written is reported: by `fail`, which ends the run, or by `notice`.
+    """
     part = path.with_name(f".{os.getpid()}.{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(part)
         part.replace(path)
     except (OSError, RuntimeError) as error:  # torch.save calls a full disk a RuntimeError
-        fail(f"could not write {path}: {error}")
+        report(f"could not write {path}: {error}")
     finally:
         with suppress(OSError):
             part.unlink()
@@ -1294,8 +1295,8 @@ def load_policy(path: str | Path, device="cpu") -> Callable:
     path = Path(path)
     if path.is_dir():
         path = path / "policy.pt"
-    for folder in (HERE, HERE / "algorithms"):  # first: a user's folder may have a bc.py, too
-        sys.path.insert(0, str(folder))
+    # both come first: a user's folder may have a bc.py of its own
+    sys.path[:0] = [str(HERE / "algorithms"), str(HERE)]
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         actor = getattr(importlib.import_module(saved["module"]), saved["class"])(*saved["init"])
