@@ -38,7 +38,8 @@ from typing import NamedTuple, NoReturn
 
 try:  # glibc keeps freed memory; asking the kernel for it anew costs CQL a quarter of its speed
     ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-    ctypes.CDLL(None).mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+    ctypes.CDLL(None).mallopt(-3, 2**27)  # M_MMAP_THRESHOLD: what is larger (rollouts in a model)
+    # goes back at once, or pieces of many sizes would fill the memory
 except (AttributeError, OSError, TypeError):  # another C library, or Windows
     pass
 
