@@ -1,6 +1,6 @@
 """FQE's estimates against what policies really earn: ranking.json and figures/ranking.png.
 
-    for name in bc td3_bc iql crr sac; do
+    for name in bc td3_bc iql sac; do
         python algorithms/$name.py --env hopper-medium --holdout 0.1 --steps 20000 --out runs/judged
     done                       (and the two runs of AWAC of results/grid.py --part studies)
     python algorithms/fqe.py --env hopper-medium --holdout 0.1 --steps 40000 --eval-every 2000 \\
