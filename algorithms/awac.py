@@ -41,7 +41,8 @@ Watch: effective_share stays above 0.1. Near 1/B one action gets all the weight,
 the data, and q_data rises beyond every discounted return of the data: raise --beta.
 
 Run:     python algorithms/awac.py --env hopper-medium
-Expect:  above a clone on hopper-medium. Scores and curves: results/README.md.
+Expect:  above a clone on hopper-medium, far above it on hopper-medium-replay, with evaluations that
+         swing. Scores and curves: results/README.md.
 """
 import copy
 import math
