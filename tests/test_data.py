@@ -1,6 +1,7 @@
 """Datasets: what a row means, that every source says the same, and one clear line for every bad one."""
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -275,18 +276,26 @@ def _without(path: str, copy, key: str) -> str:
     return str(copy)
 
 
+DIES_BEFORE_THE_END = """
+import os, signal, sys
+sys.path[:0] = ["results/behavior"]
+import collect
+collect.publish = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # all is written, nothing has its name
+collect.build("pendulum", "random", 4000)
+"""
+
+
 def test_building_is_atomic_and_repeatable(tmp_path, monkeypatch):
-    """Two builds at once both succeed; one killed in the middle leaves no trace; the same seed gives the same data, however
-    many processes collect it."""
+    """Two builds at once both succeed; one killed before the end leaves nothing under the name; the same seed gives the same
+    data, however many processes collect it."""
     here, there = (os.environ | {"MINARI_DATASETS_PATH": str(tmp_path / letter)} for letter in "ab")
     both = [subprocess.Popen([*COLLECT, "pendulum-random", "4000"], env=here, stderr=subprocess.DEVNULL) for _ in range(2)]
     assert [process.wait(500) for process in both] == [0, 0]
-    killed = subprocess.Popen([*COLLECT, "pendulum-expert"], env=there, stderr=subprocess.DEVNULL)
-    time.sleep(4)
-    killed.kill()
-    killed.wait()
-    assert not (tmp_path / "b" / "local" / "pendulum" / "expert-v0").exists()
     assert not list((tmp_path / "a").glob(".building-*"))
+    killed = subprocess.run([sys.executable, "-c", DIES_BEFORE_THE_END], cwd=ROOT, env=there, stderr=subprocess.DEVNULL)
+    assert killed.returncode == -signal.SIGKILL
+    assert list((tmp_path / "b").glob(".building-*/local/pendulum/random-v0/columns.npz"))  # it had come that far
+    assert not (tmp_path / "b" / "local").exists()
 
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "c"))
     build(monkeypatch, "pendulum", "random", 4000)
