@@ -1,13 +1,14 @@
-"""make bench: for each algorithm updates/s, GFLOP per update, and the share of this machine's own matrix-product rate.
+"""make bench: for each algorithm updates/s, GFLOP per update, and the share of this machine's own
+matrix-product rate.
 
-The rate is that of a (B, 256) x (256, 256) product, the one that fills an update with the usual networks; B is 256, as in a
-batch. Updates run on random data of hopper's shape (11 observations, 3 actions), for discrete actions of cartpole's, so nothing
-has to be built.
+The rate is that of a (B, 256) x (256, 256) product, the one that fills an update with the usual
+networks; B is 256, as in a batch. Updates run on random data of hopper's shape (11 observations, 3
+actions), for discrete actions of cartpole's, so nothing has to be built.
 
-What comes before the updates that count, like the fit of a learned model, is left out or kept short. A model's rollouts (mopo,
-morel, combo) count: too rare for the few updates that are seen here, the first one is timed apart, at its default size, and its
-time and FLOP are shared out over the rollout_every updates that it serves. Nobody falls in it, so it goes all the way.
-"""
+What comes before the updates that count, like the fit of a learned model, is left out or kept
+short. A model's rollouts (mopo, morel, combo) count: too rare for the few updates that are seen
+here, the first one is timed apart, at its default size, and its time and FLOP are shared out over
+the rollout_every updates that it serves. Nobody falls in it, so it goes all the way. """
 import argparse
 import importlib
 import io
@@ -28,12 +29,41 @@ import torch
 from gymnasium import spaces
 from torch.utils.flop_counter import FlopCounterMode
 
-ALGORITHMS = ("bc", "td3_bc", "rebrac", "iql", "awac", "crr", "awr", "bcq", "plas", "bear", "brac", "uwac", "sac", "cql", "edac",
-              "msg", "algae_dice", "dqn", "rem", "cql_discrete", "mopo", "morel", "combo", "decision_transformer", "mabcq")
+ALGORITHMS = (
+    "bc",
+    "td3_bc",
+    "rebrac",
+    "iql",
+    "awac",
+    "crr",
+    "awr",
+    "bcq",
+    "plas",
+    "bear",
+    "brac",
+    "uwac",
+    "sac",
+    "cql",
+    "edac",
+    "msg",
+    "algae_dice",
+    "dqn",
+    "rem",
+    "cql_discrete",
+    "mopo",
+    "morel",
+    "combo",
+    "decision_transformer",
+    "mabcq",
+)
 STAGES = {  # what comes before the updates that count, kept short
-    "awr": dict(value_steps=1, actor_steps=10**9), "bear": dict(warm_up_steps=0), "plas": dict(vae_steps=1),
-    "brac": dict(behavior_steps=1, warm_start_steps=0), "uwac": dict(warm_up_steps=0),
-    **dict.fromkeys(("mopo", "morel", "combo"), dict(rollout_every=10**9)),  # one rollout, before the updates that count
+    "awr": dict(value_steps=1, actor_steps=10**9),
+    "bear": dict(warm_up_steps=0),
+    "plas": dict(vae_steps=1),
+    "brac": dict(behavior_steps=1, warm_start_steps=0),
+    "uwac": dict(warm_up_steps=0),
+    # one rollout, before the updates that count
+    **dict.fromkeys(("mopo", "morel", "combo"), dict(rollout_every=10**9)),
 }
 
 
@@ -45,8 +75,14 @@ def random_data(name: str, device: str, discrete: bool | None = False, **_) -> c
     """100,000 transitions of hopper's shape, or of cartpole's."""
     n, obs_dim, action_dim = 100_000, 4 if discrete else 11, 3
     action = torch.randint(2, (n,)) if discrete else torch.rand(n, action_dim) * 2 - 1
-    columns = {"obs": torch.randn(n, obs_dim), "action": action, "reward": torch.randn(n), "next_obs": torch.randn(n, obs_dim),
-               "terminated": torch.zeros(n), "truncated": torch.arange(n) % 1000 == 999}
+    columns = {
+        "obs": torch.randn(n, obs_dim),
+        "action": action,
+        "reward": torch.randn(n),
+        "next_obs": torch.randn(n, obs_dim),
+        "terminated": torch.zeros(n),
+        "truncated": torch.arange(n) % 1000 == 999,
+    }
     space = spaces.Discrete(2) if discrete else spaces.Box(-1, 1, (action_dim,))
     env_spec = gym.spec("CartPole-v1" if discrete else "Hopper-v5").to_json()
     return common.Dataset("random numbers", columns, space, env_spec, (0.0, 1.0), device)
@@ -65,7 +101,8 @@ def measure(name: str, device: str, threads: int, seconds: float) -> tuple[float
     counter = FlopCounterMode(display=False)
     plain_update, plain_imagine = module.update, getattr(module, "imagine", None)
 
-    def counted(*args, **kwargs):  # counts the FLOP of the second and third call: of two kinds of update, their mean
+    # counts the FLOP of the second and third call: of two kinds of update, their mean
+    def counted(*args, **kwargs):
         seen["calls"] += 1
         if seen["calls"] not in (2, 3):
             return plain_update(*args, **kwargs)
@@ -99,9 +136,15 @@ def measure(name: str, device: str, threads: int, seconds: float) -> tuple[float
 
     patches = dict(load_dataset=random_data, update=counted)
     if plain_imagine:
-        patches |= dict(imagine=rollout, fit=lambda *_: None, FALLS={"Hopper-v5": lambda obs: obs[:, 0] > math.inf})
+        patches |= dict(
+            imagine=rollout,
+            fit=lambda *_: None,
+            FALLS={"Hopper-v5": lambda obs: obs[:, 0] > math.inf},
+        )
     silent = dict(begin=lambda run, learned, actor: 0, step=step, save=lambda run, number: None)
-    arguments = module.Args(device=device, threads=threads, steps=10**9, out="/nonexistent", **STAGES.get(name, {}))
+    arguments = module.Args(
+        device=device, threads=threads, steps=10**9, out="/nonexistent", **STAGES.get(name, {})
+    )
     with patch.multiple(module, **patches), patch.multiple(common.Run, **silent):
         try:
             module.train(arguments)
@@ -132,8 +175,10 @@ def main(options: argparse.Namespace) -> None:
     for threads in options.threads:
         torch.set_num_threads(threads)
         rate = matmul_rate(options.device)
-        print(f"{options.device}, {threads} threads, PyTorch {torch.__version__}, products by {products}: "
-              f"{rate / 1e9:.0f} GFLOP/s")
+        print(
+            f"{options.device}, {threads} threads, PyTorch {torch.__version__}, "
+            f"products by {products}: {rate / 1e9:.0f} GFLOP/s"
+        )
         print(f"{'algorithm':<21}{'updates/s':>11}{'GFLOP/update':>14}{'GFLOP/s':>10}{'share':>8}")
         for name in options.algorithms:
             with redirect_stderr(io.StringIO()) as said:  # progress bars would run into the table
@@ -141,16 +186,26 @@ def main(options: argparse.Namespace) -> None:
                     updates, flops = measure(name, options.device, threads, options.seconds)
                 except SystemExit:
                     sys.exit(said.getvalue())
-            print(f"{name:<21}{updates:11.1f}{flops / 1e9:14.3f}{updates * flops / 1e9:10.1f}{updates * flops / rate:8.2f}",
-                  flush=True)
+            print(
+                f"{name:<21}{updates:11.1f}{flops / 1e9:14.3f}{updates * flops / 1e9:10.1f}"
+                f"{updates * flops / rate:8.2f}",
+                flush=True,
+            )
             if options.save:
-                row = {"label": options.save, "threads": threads, "algorithm": name, "updates_per_second": round(updates, 1),
-                       "gflop": round(flops / 1e9, 3), "share": round(updates * flops / rate, 2)}
+                row = {
+                    "label": options.save,
+                    "threads": threads,
+                    "algorithm": name,
+                    "updates_per_second": round(updates, 1),
+                    "gflop": round(flops / 1e9, 3),
+                    "share": round(updates * flops / rate, 2),
+                }
                 save(row)
 
 
 def save(row: dict) -> None:
-    """Into results/speed.json, from which report.py makes a table; a row of the same label, threads and file is replaced."""
+    """Into results/speed.json, from which report.py makes a table; a row of the same label, threads
+    and file is replaced."""
     path = ROOT / "results" / "speed.json"
     key = ("label", "threads", "algorithm")
     rows = json.loads(path.read_text()) if path.exists() else []
@@ -162,9 +217,23 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--seconds", type=float, default=5.0, help="of measurement per algorithm")
-    parser.add_argument("--threads", type=int, nargs="+", default=[torch.get_num_threads()], help="one table for each number")
-    parser.add_argument("--products", default="chosen", choices=("chosen", "default"),
-                        help="float32 matrix products as common.py chooses them, or as PyTorch does by itself")
-    parser.add_argument("--save", metavar="LABEL", help="also into results/speed.json, under this name of the machine's state")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        nargs="+",
+        default=[torch.get_num_threads()],
+        help="one table for each number",
+    )
+    parser.add_argument(
+        "--products",
+        default="chosen",
+        choices=("chosen", "default"),
+        help="float32 matrix products as common.py chooses them, or as PyTorch does by itself",
+    )
+    parser.add_argument(
+        "--save",
+        metavar="LABEL",
+        help="also into results/speed.json, under this name of the machine's state",
+    )
     parser.add_argument("algorithms", nargs="*", default=ALGORITHMS)
     main(parser.parse_args())

@@ -15,7 +15,8 @@ torch.set_num_threads(1)
 
 @pytest.fixture
 def exact():
-    """Double precision and a fixed seed: a fast and a slow computation must then agree to eight digits."""
+    """Double precision and a fixed seed: a fast and a slow computation must then agree to eight
+    digits."""
     torch.set_default_dtype(torch.float64)
     torch.manual_seed(0)
     yield

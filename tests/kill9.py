@@ -1,12 +1,13 @@
-"""kill -9 at random moments of building a dataset, training, saving and evaluating; then --resume. Not part of make test.
+"""kill -9 at random moments of building a dataset, training, saving and evaluating; then --resume.
+Not part of make test.
 
     python tests/kill9.py 100          (100 kills; --seed chooses other moments)
 
-A run without kills comes first. Then the same command is started again and again, in folders of its own, and killed after a
-random time, with all its processes or alone, until it comes to its end; then once more from the beginning, with the dataset
-to be built anew, until there were as many kills as asked for. After each kill the dataset is absent or whole, and so is the
-checkpoint. Each end is bit for bit the end of the run without kills: weights, curve, final returns, dataset.
-"""
+A run without kills comes first. Then the same command is started again and again, in folders of its
+own, and killed after a random time, with all its processes or alone, until it comes to its end;
+then once more from the beginning, with the dataset to be built anew, until there were as many kills
+as asked for. After each kill the dataset is absent or whole, and so is the checkpoint. Each end is
+bit for bit the end of the run without kills: weights, curve, final returns, dataset. """
 import argparse
 import json
 import os
@@ -23,8 +24,22 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-PLAN = ["--env", "pendulum-random", "--steps", "400", "--eval-every", "5", "--eval-episodes", "1", "--final-episodes", "2",
-        "--device", "cpu", "--threads", "1"]  # saves 80 times
+PLAN = [
+    "--env",
+    "pendulum-random",
+    "--steps",
+    "400",
+    "--eval-every",
+    "5",
+    "--eval-episodes",
+    "1",
+    "--final-episodes",
+    "2",
+    "--device",
+    "cpu",
+    "--threads",
+    "1",
+]  # saves 80 times
 DATASET = Path("minari", "local", "pendulum", "random-v0")
 FOLDER = Path("runs", "td3_bc", "pendulum-random", "seed0")
 
@@ -33,9 +48,21 @@ def start(place: Path) -> subprocess.Popen:
     """The command in its own session; it resumes where there is a checkpoint."""
     environment = os.environ | {"MINARI_DATASETS_PATH": str(place / "minari")}
     resume = ["--resume"] if (place / FOLDER / "checkpoint.pt").exists() else []
-    command = [sys.executable, str(ROOT / "algorithms" / "td3_bc.py"), *PLAN, "--out", str(place / "runs"), *resume]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=open(place / "stderr", "w"),
-                            start_new_session=True)
+    command = [
+        sys.executable,
+        str(ROOT / "algorithms" / "td3_bc.py"),
+        *PLAN,
+        "--out",
+        str(place / "runs"),
+        *resume,
+    ]
+    return subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=open(place / "stderr", "w"),
+        start_new_session=True,
+    )
 
 
 def end(place: Path) -> dict:
@@ -44,7 +71,9 @@ def end(place: Path) -> dict:
     saved = torch.load(place / FOLDER / "policy.pt", weights_only=True)
     torch.export.load(place / FOLDER / "policy.pt2")
     weights = {name: value.numpy().tobytes() for name, value in saved["actor"].items()}
-    return {"weights": weights} | {key: result[key] for key in ("curve", "final_returns", "score", "dataset")}
+    return {"weights": weights} | {
+        key: result[key] for key in ("curve", "final_returns", "score", "dataset")
+    }
 
 
 def state(place: Path) -> str:
@@ -78,7 +107,10 @@ def cycle(place: Path, kills: int, longest: float, rng: random.Random) -> int:
             else:
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-            print(f"  kill -9 of {'the process' if alone else 'all processes'} {state(place)}", flush=True)
+            print(
+                f"  kill -9 of {'the process' if alone else 'all processes'} {state(place)}",
+                flush=True,
+            )
     return kills
 
 
@@ -91,7 +123,10 @@ def main(kills: int, seed: int) -> None:
         cycle(whole, 0, 0.0, rng)
         longest = time.time() - began
         expected = end(whole)
-        print(f"the run without kills took {longest:.0f} s, {len(expected['curve'])} evaluations", flush=True)
+        print(
+            f"the run without kills took {longest:.0f} s, {len(expected['curve'])} evaluations",
+            flush=True,
+        )
         left, ends = kills, 0
         while left:
             place = Path(folder, "killed")

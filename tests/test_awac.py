@@ -52,7 +52,10 @@ def slow_log_prob(actor, obs, action):
 
 
 def slow_sample(actor, obs, noise):
-    return [min(max(m + std * eps, -1.0), 1.0) for m, std, eps in zip(*slow_policy(actor, obs), noise.tolist())]
+    return [
+        min(max(m + std * eps, -1.0), 1.0)
+        for m, std, eps in zip(*slow_policy(actor, obs), noise.tolist())
+    ]
 
 
 def slow_min_q(critic, obs, action):
@@ -63,7 +66,8 @@ def slow_min_q(critic, obs, action):
 
 
 def test_sample_clipped_equals_a_loop(monkeypatch):
-    """(E1): noise of its own for each observation and dimension, clipped to the box on both sides."""
+    """(E1): noise of its own for each observation and dimension, clipped to the box on both
+    sides."""
     actor, obs, draws = make_actor(), torch.randn(16, 3), record_draws(monkeypatch, "randn_like")
     action = awac.sample_clipped(*actor(obs))
     assert_close(action, [slow_sample(actor, obs[b], draws[0][b]) for b in range(16)])
@@ -71,12 +75,15 @@ def test_sample_clipped_equals_a_loop(monkeypatch):
 
 
 def test_td_target_equals_a_loop(monkeypatch):
-    """(E2): one clipped action of the policy, the smaller critic; nothing after a termination, no entropy."""
+    """(E2): one clipped action of the policy, the smaller critic; nothing after a termination, no
+    entropy."""
     actor, critic, batch, expected = make_actor(), make(Critic, 3, 2), tiny_batch(), []
     draws = record_draws(monkeypatch, "randn_like")
     y = awac.td_target(actor, critic, batch, 0.9)
     for b in range(4):
-        q = slow_min_q(critic, batch.next_obs[b], slow_sample(actor, batch.next_obs[b], draws[0][b]))
+        q = slow_min_q(
+            critic, batch.next_obs[b], slow_sample(actor, batch.next_obs[b], draws[0][b])
+        )
         expected.append(float(batch.reward[b] + 0.9 * (0.0 if b == 1 else q)))
     assert_close(y, expected)
     assert not y.requires_grad
@@ -89,10 +96,15 @@ def test_advantage_equals_a_loop(monkeypatch):
     adv = awac.advantage(actor, critic, batch)
     for b in range(8):
         sample = slow_sample(actor, batch.obs[b], draws[0][b])
-        pairs = [[slow_critic(critic, k, batch.obs[b], a) for k in range(2)] for a in (batch.action[b].tolist(), sample)]
+        pairs = [
+            [slow_critic(critic, k, batch.obs[b], a) for k in range(2)]
+            for a in (batch.action[b].tolist(), sample)
+        ]
         orders.add((pairs[0][0] < pairs[0][1]) == (pairs[1][0] < pairs[1][1]))
         expected.append(min(pairs[0]) - min(pairs[1]))
-    assert orders == {True, False}, "somewhere the smaller critic must not be the same for both actions"
+    assert orders == {True, False}, (
+        "somewhere the smaller critic must not be the same for both actions"
+    )
     assert_close(adv, expected)
     assert not adv.requires_grad
 
@@ -111,7 +123,13 @@ def test_actor_loss_equals_a_loop():
     loss.backward()
 
     def slow():
-        return -sum(float(weight[b]) * slow_log_prob(actor, batch.obs[b], batch.action[b]) for b in range(4)) / 4
+        return (
+            -sum(
+                float(weight[b]) * slow_log_prob(actor, batch.obs[b], batch.action[b])
+                for b in range(4)
+            )
+            / 4
+        )
 
     assert_close(loss, slow())
     assert_gradient(actor.net[-1].bias, slow)
@@ -121,7 +139,10 @@ def test_actor_loss_equals_a_loop():
 def test_critic_loss_equals_a_loop():
     """(E6): the mean over transitions of the squared error, summed over two different critics."""
     critic, batch, y = make(Critic, 3, 2), tiny_batch(), torch.randn(4)
-    q = [[slow_critic(critic, k, batch.obs[b], batch.action[b].tolist()) for b in range(4)] for k in range(2)]
+    q = [
+        [slow_critic(critic, k, batch.obs[b], batch.action[b].tolist()) for b in range(4)]
+        for k in range(2)
+    ]
     loss, q_data = awac.critic_loss(critic, batch, y)
     assert_close(loss, sum((q[k][b] - float(y[b])) ** 2 / 4 for k in range(2) for b in range(4)))
     assert_close(q_data, sum(q[0] + q[1]) / 8)
@@ -131,7 +152,10 @@ def test_critic_loss_equals_a_loop():
 def test_losses_refuse_columns():
     """(B, 1) where (B,) is meant would silently compare every transition with every other."""
     batch, column = tiny_batch(), torch.ones(4, 1)
-    for loss in (lambda: awac.actor_loss(Actor(3, 2), batch, column), lambda: awac.critic_loss(Critic(3, 2), batch, column)):
+    for loss in (
+        lambda: awac.actor_loss(Actor(3, 2), batch, column),
+        lambda: awac.critic_loss(Critic(3, 2), batch, column),
+    ):
         with pytest.raises(AssertionError):
             loss()
 
@@ -148,10 +172,14 @@ def test_act_is_the_mean_in_the_environments_units():
 
 
 def test_termination_stops_the_bootstrap_and_truncation_does_not():
-    """Where the task is over, y is the reward whatever s′ and γ; elsewhere each transition takes its smaller Q."""
+    """Where the task is over, y is the reward whatever s′ and γ; elsewhere each transition takes
+    its smaller Q."""
     actor, critic, batch = make_actor(), make(Critic, 3, 2), tiny_batch(terminated=(1, 1, 1, 1))
     for gamma in (0.5, 0.99):
-        assert torch.equal(awac.td_target(actor, critic, batch._replace(next_obs=torch.randn(4, 3)), gamma), batch.reward)
+        assert torch.equal(
+            awac.td_target(actor, critic, batch._replace(next_obs=torch.randn(4, 3)), gamma),
+            batch.reward,
+        )
     q = torch.tensor([[1.0, 5.0, -2.0, 4.0], [3.0, 2.0, -1.0, 0.0]])
     y = awac.td_target(actor, lambda obs, action: q, batch._replace(terminated=torch.zeros(4)), 0.5)
     assert_close(y - batch.reward, [0.5, 1.0, -1.0, 0.0])
@@ -162,14 +190,18 @@ def test_no_entropy_in_the_target(logit):
     """Whatever σ and so log π: a constant Q makes y = r + γ Q."""
     actor, batch = make_actor(), tiny_batch([0] * 4)
     actor.std_logit.data[:] = logit
-    assert_close(awac.td_target(actor, lambda obs, action: torch.full((2, 4), 7.0), batch, 0.5), batch.reward + 3.5)
+    assert_close(
+        awac.td_target(actor, lambda obs, action: torch.full((2, 4), 7.0), batch, 0.5),
+        batch.reward + 3.5,
+    )
 
 
 # ---- the weights
 
 
 def test_known_weights():
-    """Two actions, Â = ±1, β = 1: 2 e / (e + 1/e) = 1.7616 and 0.2384. (An exponential with a cap has 2.7183 and 0.3679.)"""
+    """Two actions, Â = ±1, β = 1: 2 e / (e + 1/e) = 1.7616 and 0.2384. (An exponential with a cap
+    has 2.7183 and 0.3679.)"""
     assert_close(awac.weights(torch.tensor([1.0, -1.0]), 1.0), [1.7616, 0.2384], 1e-4)
 
 
@@ -221,8 +253,13 @@ def sgd(actor, critic, lr=0.01):
 
 
 def test_update_is_the_algorithm_box():
-    """y and the weights from the networks before their steps, the advantage from the online critics; then (E7), exactly."""
-    args, data, nets = Args(batch_size=4, gamma=0.9, target_rate=0.3, beta=0.7), tiny_data(), networks()
+    """y and the weights from the networks before their steps, the advantage from the online
+    critics; then (E7), exactly."""
+    args, data, nets = (
+        Args(batch_size=4, gamma=0.9, target_rate=0.3, beta=0.7),
+        tiny_data(),
+        networks(),
+    )
     actor, critic, critic_target = copy.deepcopy(nets)
     optimizers = sgd(*nets[:2])
     for seed in range(2):  # twice, so that no gradient is left over
@@ -233,7 +270,10 @@ def test_update_is_the_algorithm_box():
         batch = data.sample(4)
         y = awac.td_target(actor, critic_target, batch, 0.9)
         weight = 4 * torch.softmax(awac.advantage(actor, critic, batch) / 0.7, dim=0)
-        pi_loss, (q_loss, q_data) = awac.actor_loss(actor, batch, weight), awac.critic_loss(critic, batch, y)
+        pi_loss, (q_loss, q_data) = (
+            awac.actor_loss(actor, batch, weight),
+            awac.critic_loss(critic, batch, y),
+        )
         pi_grad = step_by_hand(pi_loss, list(actor.parameters()), 0.01)
         q_grad = step_by_hand(q_loss, list(critic.parameters()), 0.01)
         for t, o in zip(critic_target.parameters(), critic.parameters()):
@@ -249,9 +289,12 @@ def test_update_is_the_algorithm_box():
 
 
 def test_each_loss_moves_its_own_network_only():
-    """The actor's loss: no gradient for the critics; the critics': none for the actor or the target."""
+    """The actor's loss: no gradient for the critics; the critics': none for the actor or the
+    target."""
     batch, (actor, critic, critic_target) = tiny_batch(), networks()
-    awac.actor_loss(actor, batch, awac.weights(awac.advantage(actor, critic, batch), 2.0)).backward()
+    awac.actor_loss(
+        actor, batch, awac.weights(awac.advantage(actor, critic, batch), 2.0)
+    ).backward()
     assert all(p.grad is not None for p in actor.parameters())
     actor.zero_grad()
     awac.critic_loss(critic, batch, awac.td_target(actor, critic_target, batch, 0.9))[0].backward()
@@ -273,11 +316,22 @@ def test_only_the_actors_weights_decay(monkeypatch):
 
     def spy(*args, **learned):
         optimizers = [learned["actor_optimizer"], learned["critic_optimizer"]]
-        settings.append([(opt.param_groups[0]["lr"], opt.param_groups[0]["weight_decay"]) for opt in optimizers])
+        settings.append(
+            [(opt.param_groups[0]["lr"], opt.param_groups[0]["weight_decay"]) for opt in optimizers]
+        )
         return original(*args, **learned)
 
     monkeypatch.setattr(awac, "update", spy)
-    silent_train(monkeypatch, awac, tiny_data(), steps=1, batch_size=4, actor_lr=0.2, critic_lr=0.3, weight_decay=0.4)
+    silent_train(
+        monkeypatch,
+        awac,
+        tiny_data(),
+        steps=1,
+        batch_size=4,
+        actor_lr=0.2,
+        critic_lr=0.3,
+        weight_decay=0.4,
+    )
     assert settings == [[(0.2, 0.4), (0.3, 0.0)]]
 
 
@@ -296,7 +350,8 @@ def train_on(data, monkeypatch, updates, **args):
 
 @pytest.mark.parametrize("seed", range(2))
 def test_the_better_of_two_modes(monkeypatch, seed):
-    """One state; half of the data does −0.6, which earns 0, half +0.6, which earns 1. A clone goes between, AWAC to +0.6."""
+    """One state; half of the data does −0.6, which earns 0, half +0.6, which earns 1. A clone goes
+    between, AWAC to +0.6."""
     modes = {}
     for beta in (1e6, 0.2):
         torch.manual_seed(seed)
@@ -311,7 +366,8 @@ def test_the_better_of_two_modes(monkeypatch, seed):
 
 
 def test_it_stays_where_sac_leaves_the_data(monkeypatch):
-    """The corridor of test_cql.py: actions in [−0.2, 0.2] earn r = a for ever, so no data action is worth more than 2."""
+    """The corridor of test_cql.py: actions in [−0.2, 0.2] earn r = a for ever, so no data action is
+    worth more than 2."""
     torch.manual_seed(0)
     data = tiny_data(256, action_dim=1)
     for column in (data.obs, data.next_obs, data.terminated):
@@ -321,8 +377,15 @@ def test_it_stays_where_sac_leaves_the_data(monkeypatch):
     assert 0.05 < action < 0.25 and q < 2, "above the data's average, 0, and within the data"
 
     monkeypatch.setattr(sac, "HIDDEN", (32, 32))
-    parts = [sac.Actor(3, 1), critic := sac.Critic(3, 1), copy.deepcopy(critic), torch.tensor(-5.0, requires_grad=True)]
-    optimizers = [torch.optim.Adam(net.parameters(), lr=5e-3) for net in parts[:2]] + [torch.optim.SGD([parts[3]], lr=0.0)]
+    parts = [
+        sac.Actor(3, 1),
+        critic := sac.Critic(3, 1),
+        copy.deepcopy(critic),
+        torch.tensor(-5.0, requires_grad=True),
+    ]
+    optimizers = [torch.optim.Adam(net.parameters(), lr=5e-3) for net in parts[:2]] + [
+        torch.optim.SGD([parts[3]], lr=0.0)
+    ]
     for _ in range(200):
         sac.update(sac.Args(batch_size=32, gamma=0.9, target_rate=0.2), data, *parts, *optimizers)
     assert parts[0].act(torch.zeros(1, 3)).item() > 0.9
@@ -331,8 +394,13 @@ def test_it_stays_where_sac_leaves_the_data(monkeypatch):
 # ---- settings
 
 
-@pytest.mark.parametrize("setting, value", [("beta", 0.0), ("batch_size", 0), ("weight_decay", -1.0), ("target_rate", 1.1)])
+@pytest.mark.parametrize(
+    "setting, value",
+    [("beta", 0.0), ("batch_size", 0), ("weight_decay", -1.0), ("target_rate", 1.1)],
+)
 def test_settings_out_of_range_are_refused(monkeypatch, capsys, setting, value):
     with pytest.raises(SystemExit) as stop:
         silent_train(monkeypatch, awac, tiny_data(), steps=2, **{setting: value})
-    assert stop.value.code == 2 and f"--{setting.replace('_', '-')} must be" in capsys.readouterr().err
+    assert (
+        stop.value.code == 2 and f"--{setting.replace('_', '-')} must be" in capsys.readouterr().err
+    )

@@ -1,4 +1,5 @@
-"""AWR against slow loops: returns over episodes that end in different ways, weights of any scale, and whose turn it is."""
+"""AWR against slow loops: returns over episodes that end in different ways, weights of any scale,
+and whose turn it is."""
 import copy
 import math
 
@@ -27,7 +28,8 @@ def small(exact, monkeypatch):
 
 
 def uneven_data():
-    """Rows 0–3 terminate, 4–8 meet a time limit, 9 terminates at once, 10 and 11 are a fragment that the file cut off."""
+    """Rows 0–3 terminate, 4–8 meet a time limit, 9 terminates at once, 10 and 11 are a fragment
+    that the file cut off."""
     data = tiny_data()
     data.truncated[:] = False
     data.truncated[8] = True
@@ -40,7 +42,8 @@ def slow_value(value, obs, gamma):
 
 
 def slow_returns(value, data, gamma, td_lambda):
-    """Row by row from the back; episodes are told by hand. After a last row comes its own next_obs, not the next row."""
+    """Row by row from the back; episodes are told by hand. After a last row comes its own next_obs,
+    not the next row."""
     batch, returns = data.rows(torch.arange(12)), [0.0] * 12
     for t in reversed(range(12)):
         if t in (3, 9):
@@ -48,7 +51,9 @@ def slow_returns(value, data, gamma, td_lambda):
         elif t in (8, 11):
             rest = slow_value(value, batch.next_obs[t], gamma)
         else:
-            rest = (1 - td_lambda) * slow_value(value, batch.obs[t + 1], gamma) + td_lambda * returns[t + 1]
+            rest = (1 - td_lambda) * slow_value(
+                value, batch.obs[t + 1], gamma
+            ) + td_lambda * returns[t + 1]
         returns[t] = float(batch.reward[t]) + gamma * rest
     return returns
 
@@ -88,7 +93,13 @@ def test_value_loss_equals_a_loop():
     loss.backward()
 
     def slow():
-        return sum((0.1 * float(returns[b]) - slow_mlp(value.net, batch.obs[b])[0]) ** 2 for b in range(4)) / 8
+        return (
+            sum(
+                (0.1 * float(returns[b]) - slow_mlp(value.net, batch.obs[b])[0]) ** 2
+                for b in range(4)
+            )
+            / 8
+        )
 
     assert_close(loss, slow())
     assert_gradient(value.net[-1].bias, slow)
@@ -120,9 +131,19 @@ def test_actor_loss_equals_a_loop():
     loss.backward()
 
     def slow():
-        cloning = -sum(float(weight[b]) * slow_log_prob(actor, batch.obs[b], batch.action[b]) for b in range(4)) / 4
-        beyond = [max(m - 1, -1 - m, 0.0) for b in range(4) for m in slow_mlp(actor.net, batch.obs[b])]
-        assert 0 < sum(x > 0 for x in beyond) < 8, "some means must be outside of the box, and some not"
+        cloning = (
+            -sum(
+                float(weight[b]) * slow_log_prob(actor, batch.obs[b], batch.action[b])
+                for b in range(4)
+            )
+            / 4
+        )
+        beyond = [
+            max(m - 1, -1 - m, 0.0) for b in range(4) for m in slow_mlp(actor.net, batch.obs[b])
+        ]
+        assert 0 < sum(x > 0 for x in beyond) < 8, (
+            "some means must be outside of the box, and some not"
+        )
         return cloning + 10 * 0.5 * sum(x**2 for x in beyond) / 4
 
     assert_close(loss, slow())
@@ -173,13 +194,18 @@ def test_a_true_value_is_a_fixed_point_for_every_lambda():
     for td_lambda in (0.0, 0.5, 1.0):
         returns, _ = awr.td_lambda_returns(lambda obs: torch.ones(len(obs)), data, 0.9, td_lambda)
         assert_close(returns, torch.full((12,), 10.0))
-        assert_close(awr.advantage(lambda obs: torch.ones(len(obs)), data, 0.9, td_lambda), torch.zeros(12))
+        assert_close(
+            awr.advantage(lambda obs: torch.ones(len(obs)), data, 0.9, td_lambda), torch.zeros(12)
+        )
 
 
 def test_the_networks_unit_is_a_hundredth():
-    """γ = 0.99: an output of 1 means V = 100. The pieces that large data are cut into come back in order."""
+    """γ = 0.99: an output of 1 means V = 100. The pieces that large data are cut into come back in
+    order."""
     value, obs = make(Value, 3), torch.randn(70_000, 3)
-    assert_close(awr.state_values(lambda obs: torch.ones(len(obs)), obs, 0.99), torch.full((70_000,), 100.0))
+    assert_close(
+        awr.state_values(lambda obs: torch.ones(len(obs)), obs, 0.99), torch.full((70_000,), 100.0)
+    )
     with torch.no_grad():
         assert_close(awr.state_values(value, obs, 0.99), 100 * value(obs))
 
@@ -188,7 +214,8 @@ def test_the_networks_unit_is_a_hundredth():
 
 
 def test_known_weights():
-    """Â = ∓1 gives e^∓1. All the same: exactly 1, so plain cloning. One far above the rest: the cap, exactly."""
+    """Â = ∓1 gives e^∓1. All the same: exactly 1, so plain cloning. One far above the rest: the
+    cap, exactly."""
     assert_close(awr.weights(torch.tensor([-1.0, 1.0]), 1.0, 20.0), [0.3679, 2.7183], 1e-4)
     assert torch.equal(awr.weights(torch.full((5,), 3.0), 1.0, 20.0), torch.ones(5))
     outlier = awr.weights(torch.eye(17)[0], 1.0, 20.0)  # standardised: 4 and −¼
@@ -207,7 +234,11 @@ def test_equal_weights_are_behaviour_cloning():
     """Of fixed width: the loss is the squared error / 2σ², up to a constant."""
     actor, batch = make(Actor, 3, 2, scale=1.0), tiny_batch()
     loss = awr.actor_loss(actor, batch, torch.ones(4), 10.0)
-    squared = sum((m - a) ** 2 for b in range(4) for m, a in zip(slow_mlp(actor.net, batch.obs[b]), batch.action[b].tolist()))
+    squared = sum(
+        (m - a) ** 2
+        for b in range(4)
+        for m, a in zip(slow_mlp(actor.net, batch.obs[b]), batch.action[b].tolist())
+    )
     assert_close(loss, squared / 4 / (2 * 0.4**2) + math.log(2 * math.pi * 0.4**2))
 
 
@@ -220,9 +251,13 @@ def test_effective_share():
 # ---- the actor
 
 
-@pytest.mark.parametrize("mean, expected", [([0.9, -1.0, 0.0], 0.0), ([1.3, 0.0, -0.5], 0.045), ([-1.3, 0.0, 2.0], 0.545)])
+@pytest.mark.parametrize(
+    "mean, expected",
+    [([0.9, -1.0, 0.0], 0.0), ([1.3, 0.0, -0.5], 0.045), ([-1.3, 0.0, 2.0], 0.545)],
+)
 def test_bound_loss(mean, expected):
-    """Inside the box nothing; 0.3 beyond in one dimension: 0.045, times the weight 10 that is 0.45."""
+    """Inside the box nothing; 0.3 beyond in one dimension: 0.045, times the weight 10 that is
+    0.45."""
     assert_close(awr.bound_loss(torch.tensor([mean])), expected)
 
 
@@ -235,7 +270,8 @@ def test_a_new_actor_does_nothing_yet():
 
 
 def test_standardisation_round_trip(monkeypatch):
-    """In training mean 0 and std / (std + 0.001); the finished actor's input and output are in raw units, clipped."""
+    """In training mean 0 and std / (std + 0.001); the finished actor's input and output are in raw
+    units, clipped."""
     data = tiny_data()
     raw = data.rows(torch.arange(12))
     run = silent_train(monkeypatch, awr, data, steps=2, batch_size=4)
@@ -256,7 +292,11 @@ def test_standardisation_round_trip(monkeypatch):
 @pytest.mark.parametrize("update_actor", [False, True])
 def test_update_is_the_algorithm_box(update_actor):
     """V on its rows' returns, or π on its rows' weights; the other one keeps still."""
-    args, data, nets = Args(batch_size=4, gamma=0.9, bound_weight=3.0), tiny_data(), [make_actor(), make(Value, 3)]
+    args, data, nets = (
+        Args(batch_size=4, gamma=0.9, bound_weight=3.0),
+        tiny_data(),
+        [make_actor(), make(Value, 3)],
+    )
     actor, value = copy.deepcopy(nets)
     returns, weight = torch.randn(12), torch.rand(12)
     optimizers = [torch.optim.SGD(net.parameters(), lr=0.01) for net in nets]
@@ -287,15 +327,26 @@ def test_update_is_the_algorithm_box(update_actor):
 def test_batches_come_from_all_rows():
     data, seen = tiny_data(), set()
     value = make(Value, 3)
-    value.register_forward_hook(lambda module, inputs, output: seen.update(map(tuple, inputs[0].tolist())))
-    awr.update(Args(batch_size=400), data, make_actor(), value, torch.randn(12), torch.rand(12), None,
-               torch.optim.SGD(value.parameters(), lr=0.0), False)
+    value.register_forward_hook(
+        lambda module, inputs, output: seen.update(map(tuple, inputs[0].tolist()))
+    )
+    awr.update(
+        Args(batch_size=400),
+        data,
+        make_actor(),
+        value,
+        torch.randn(12),
+        torch.rand(12),
+        None,
+        torch.optim.SGD(value.parameters(), lr=0.0),
+        False,
+    )
     assert seen == set(map(tuple, data.obs.tolist()))
 
 
 def test_turns_and_labels(monkeypatch):
-    """Rounds of three updates of V and two of π. Returns are made once, before V's turn, with V as it then is; weights once,
-    before π's turn, with the V that has just learned."""
+    """Rounds of three updates of V and two of π. Returns are made once, before V's turn, with V as
+    it then is; weights once, before π's turn, with the V that has just learned."""
     labelled, original = [], awr.td_lambda_returns
 
     def spy(value, data, *args):
@@ -304,8 +355,20 @@ def test_turns_and_labels(monkeypatch):
 
     monkeypatch.setattr(awr, "td_lambda_returns", spy)
     data = uneven_data()
-    run = silent_train(monkeypatch, awr, data, steps=12, batch_size=4, value_steps=3, actor_steps=2, actor_lr=1e-2, beta=0.7,
-                       max_weight=1.5, td_lambda=0.6, gamma=0.9)
+    run = silent_train(
+        monkeypatch,
+        awr,
+        data,
+        steps=12,
+        batch_size=4,
+        value_steps=3,
+        actor_steps=2,
+        actor_lr=1e-2,
+        beta=0.7,
+        max_weight=1.5,
+        td_lambda=0.6,
+        gamma=0.9,
+    )
     assert run.steps_that_moved("value") == [1, 2, 3, 6, 7, 8, 11, 12]
     assert run.steps_that_moved("actor") == [4, 5, 9, 10]
     assert run.steps_that_moved("returns") == [1, 6, 11]
@@ -315,7 +378,9 @@ def test_turns_and_labels(monkeypatch):
         assert torch.equal(seen, run.history[step]["value"])
     value = Value(3)
     torch.nn.utils.vector_to_parameters(run.history[8]["value"], value.parameters())
-    assert_close(run.history[9]["weight"], awr.weights(awr.advantage(value, data, 0.9, 0.6), 0.7, 1.5))
+    assert_close(
+        run.history[9]["weight"], awr.weights(awr.advantage(value, data, 0.9, 0.6), 0.7, 1.5)
+    )
     torch.nn.utils.vector_to_parameters(run.history[5]["value"], value.parameters())
     assert_close(run.history[6]["returns"], slow_returns(value, data, 0.9, 0.6))
 
@@ -325,19 +390,38 @@ def test_the_optimizers_are_sgd_with_momentum(monkeypatch):
 
     def spy(*args, **learned):
         optimizers = [learned["actor_optimizer"], learned["value_optimizer"]]
-        seen.append([(type(opt), opt.param_groups[0]["lr"], opt.param_groups[0]["momentum"]) for opt in optimizers])
+        seen.append(
+            [
+                (type(opt), opt.param_groups[0]["lr"], opt.param_groups[0]["momentum"])
+                for opt in optimizers
+            ]
+        )
         return original(*args, **learned)
 
     monkeypatch.setattr(awr, "update", spy)
-    silent_train(monkeypatch, awr, tiny_data(), steps=1, batch_size=4, actor_lr=0.2, value_lr=0.3, momentum=0.4)
+    silent_train(
+        monkeypatch,
+        awr,
+        tiny_data(),
+        steps=1,
+        batch_size=4,
+        actor_lr=0.2,
+        value_lr=0.3,
+        momentum=0.4,
+    )
     assert seen == [[(torch.optim.SGD, 0.2, 0.4), (torch.optim.SGD, 0.3, 0.4)]]
 
 
-@pytest.mark.parametrize("setting, complaint", [
-    (dict(value_steps=0), "--value-steps must be at least 1"), (dict(actor_steps=0), "--actor-steps must be at least 1"),
-    (dict(gamma=1.0), "--gamma must be"),  # (1 - γ) divides and multiplies
-    (dict(beta=0.0), "--beta must be above 0"), (dict(td_lambda=1.1), "--td-lambda must be"),
-])
+@pytest.mark.parametrize(
+    "setting, complaint",
+    [
+        (dict(value_steps=0), "--value-steps must be at least 1"),
+        (dict(actor_steps=0), "--actor-steps must be at least 1"),
+        (dict(gamma=1.0), "--gamma must be"),  # (1 - γ) divides and multiplies
+        (dict(beta=0.0), "--beta must be above 0"),
+        (dict(td_lambda=1.1), "--td-lambda must be"),
+    ],
+)
 def test_settings_out_of_range_are_refused(monkeypatch, capsys, setting, complaint):
     with pytest.raises(SystemExit) as stop:
         silent_train(monkeypatch, awr, tiny_data(), **dict(steps=2, batch_size=4) | setting)
@@ -360,12 +444,23 @@ def two_modes():
 
 @pytest.mark.parametrize("seed", range(2))
 def test_the_better_of_two_modes(monkeypatch, seed):
-    """A clone goes between; AWR, with β = 1, to the means' weighted average 0.6 tanh 1 = 0.457; with β = ⅓ to 0.597."""
+    """A clone goes between; AWR, with β = 1, to the means' weighted average 0.6 tanh 1 = 0.457;
+    with β = ⅓ to 0.597."""
     monkeypatch.setattr(awr, "HIDDEN", (32, 32))
     modes = {}
     for beta in (1e6, 1.0, 1 / 3):
         torch.manual_seed(seed)
-        run = silent_train(monkeypatch, awr, two_modes(), steps=400, batch_size=64, value_steps=50, actor_steps=50,
-                           value_lr=0.1, actor_lr=3e-3, beta=beta)
+        run = silent_train(
+            monkeypatch,
+            awr,
+            two_modes(),
+            steps=400,
+            batch_size=64,
+            value_steps=50,
+            actor_steps=50,
+            value_lr=0.1,
+            actor_lr=3e-3,
+            beta=beta,
+        )
         modes[beta] = run.actor.act(torch.zeros(1, 3)).item() - 0.5  # tiny_data's units
     assert abs(modes[1e6]) < 0.15 and abs(modes[1.0] - 0.457) < 0.12 and modes[1 / 3] > 0.5, modes

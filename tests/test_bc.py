@@ -29,7 +29,8 @@ def small(exact, monkeypatch):
 
 
 def episodes_data(returns, length=3, terminated=(), make_data=tiny_data):
-    """Episodes of equal length, rewarded at their last step; a time limit ends those that are not in `terminated`."""
+    """Episodes of equal length, rewarded at their last step; a time limit ends those that are not
+    in `terminated`."""
     data = make_data(len(returns) * length)
     data.reward.zero_()
     data.terminated.zero_()
@@ -48,7 +49,11 @@ def test_actor_loss_equals_a_loop():
     """(E2): the squared error, averaged over transitions and over action dimensions."""
     actor, batch = make(Actor, 3, 2), tiny_batch()
     means = [slow_mlp(actor.net, batch.obs[b]) for b in range(4)]
-    errors = [(math.tanh(means[b][i]) - float(batch.action[b, i])) ** 2 for b in range(4) for i in range(2)]
+    errors = [
+        (math.tanh(means[b][i]) - float(batch.action[b, i])) ** 2
+        for b in range(4)
+        for i in range(2)
+    ]
     assert_close(bc.actor_loss(actor, batch), sum(errors) / 8)
 
 
@@ -95,7 +100,11 @@ def fit(data, steps, lr, obs_dim=3, action_dim=2):
 def test_recovers_a_linear_policy(monkeypatch):
     """Data a = tanh(W s + b) and a clone without hidden layers: W and b come back."""
     monkeypatch.setattr(bc, "HIDDEN", ())
-    data, weight, bias = tiny_data(64), torch.tensor([[0.5, -0.3, 0.2], [0.1, 0.4, -0.6]]), torch.tensor([0.3, -0.2])
+    data, weight, bias = (
+        tiny_data(64),
+        torch.tensor([[0.5, -0.3, 0.2], [0.1, 0.4, -0.6]]),
+        torch.tensor([0.3, -0.2]),
+    )
     data.action = torch.tanh(data.obs @ weight.T + bias)
     actor, loss = fit(data, 700, 0.03)
     assert loss < 1e-8
@@ -104,7 +113,8 @@ def test_recovers_a_linear_policy(monkeypatch):
 
 
 def test_two_modes_are_averaged():
-    """Half the data go left, half right, from one state: a squared error goes straight on, where nobody went."""
+    """Half the data go left, half right, from one state: a squared error goes straight on, where
+    nobody went."""
     data = tiny_data(64, action_dim=1)
     data.obs = torch.tensor([1.0, -1.0, 0.5]).repeat(64, 1)
     data.action = torch.tensor([-1.0, 1.0]).repeat(32)[:, None]
@@ -180,13 +190,18 @@ def test_train_standardises_over_the_kept_episodes(monkeypatch):
     assert_close(torch.stack([run.actor.obs_mean, run.actor.obs_std]), torch.stack([mean, std]))
     assert run.steps_that_moved("actor") == [1, 2, 3]
     means = [slow_mlp(run.actor.net, (obs - mean) / std) for obs in kept]
-    assert_close(run.actor.act(kept), [[0.5 + math.tanh(u), 0.5 + 2 * math.tanh(v)] for u, v in means])
+    assert_close(
+        run.actor.act(kept), [[0.5 + math.tanh(u), 0.5 + 2 * math.tanh(v)] for u, v in means]
+    )
 
 
 def test_train_on_everything_by_default(monkeypatch):
     """f = 1 keeps every row."""
     data = episodes_data([3, 9, 0])
-    assert silent_train(monkeypatch, bc, data, steps=1, batch_size=4).variant == "" and len(data.obs) == 9
+    assert (
+        silent_train(monkeypatch, bc, data, steps=1, batch_size=4).variant == ""
+        and len(data.obs) == 9
+    )
 
 
 # ---- (E3), discrete actions
@@ -206,7 +221,10 @@ def test_discrete_actor_loss_equals_a_loop():
     loss.backward()
 
     def slow():
-        return -sum(slow_log_likelihood(actor, batch.obs[b], int(batch.action[b])) for b in range(5)) / 5
+        return (
+            -sum(slow_log_likelihood(actor, batch.obs[b], int(batch.action[b])) for b in range(5))
+            / 5
+        )
 
     assert len(set(batch.action.tolist())) > 1
     assert_close(loss, slow())
@@ -214,7 +232,8 @@ def test_discrete_actor_loss_equals_a_loop():
 
 
 def test_equal_logits_cost_the_logarithm_of_the_number_of_actions():
-    """As the docstring says of a clone that does not look; logits are not squashed: a sure one costs nothing."""
+    """As the docstring says of a clone that does not look; logits are not squashed: a sure one
+    costs nothing."""
     batch = tiny_discrete_data().rows(torch.arange(12))
     assert_close(bc.discrete_actor_loss(lambda obs: torch.full((12, 3), 7.0), batch), math.log(3))
     assert bc.discrete_actor_loss(lambda obs: 50 * torch.eye(3)[batch.action], batch) < 1e-20
@@ -224,15 +243,23 @@ def test_discrete_actor_loss_refuses_a_column():
     """Actions are (B,) here."""
     batch = tiny_discrete_data().rows(torch.arange(4))
     with pytest.raises(AssertionError):
-        bc.discrete_actor_loss(make(DiscreteActor, 3, 3), batch._replace(action=batch.action[:, None]))
+        bc.discrete_actor_loss(
+            make(DiscreteActor, 3, 3), batch._replace(action=batch.action[:, None])
+        )
 
 
 def test_update_on_discrete_actions_is_one_step():
     """Gradient descent on (E3), of every parameter."""
-    data, actor, by_hand = tiny_discrete_data(), make(DiscreteActor, 3, 3), make(DiscreteActor, 3, 3)
+    data, actor, by_hand = (
+        tiny_discrete_data(),
+        make(DiscreteActor, 3, 3),
+        make(DiscreteActor, 3, 3),
+    )
     by_hand.load_state_dict(actor.state_dict())
     torch.manual_seed(1)
-    metrics = bc.update(Args(batch_size=4), data, actor, torch.optim.SGD(actor.parameters(), lr=0.1))
+    metrics = bc.update(
+        Args(batch_size=4), data, actor, torch.optim.SGD(actor.parameters(), lr=0.1)
+    )
     torch.manual_seed(1)
     loss = bc.discrete_actor_loss(by_hand, data.sample(4))
     step_by_hand(loss, list(by_hand.parameters()), 0.1)
@@ -248,8 +275,9 @@ def expert(obs):
 
 
 def test_a_discrete_clone_is_the_expert_behind_noisy_data(monkeypatch):
-    """A third of the actions is random. The likeliest action is the expert's own: the clone is right more often than the
-    data. Seen on new raw observations of another scale, with actions that count from 4."""
+    """A third of the actions is random. The likeliest action is the expert's own: the clone is
+    right more often than the data. Seen on new raw observations of another scale, with actions that
+    count from 4."""
     monkeypatch.setattr(bc, "HIDDEN", (32, 32))
     data = tiny_discrete_data(4000)
     data.first_action = 4
@@ -263,7 +291,8 @@ def test_a_discrete_clone_is_the_expert_behind_noisy_data(monkeypatch):
 
 
 def test_of_two_modes_a_discrete_clone_takes_the_more_frequent():
-    """Two thirds of the data take action 2, a third action 0, from one state: no average, as there is none."""
+    """Two thirds of the data take action 2, a third action 0, from one state: no average, as there
+    is none."""
     data = tiny_discrete_data(66)
     data.obs = torch.ones(66, 3)
     data.action = torch.tensor([2, 0, 2]).repeat(22)
@@ -281,14 +310,17 @@ def test_the_best_episodes_of_discrete_data(monkeypatch):
     """10%-BC keeps the same rows there, and the actor has their mean and deviation."""
     data = episodes_data([3, 9, 0, 1, 2, 8, 4, 5, 6, 7], make_data=tiny_discrete_data)
     kept, actions = data.obs[3:6].clone(), data.action[3:6].clone()
-    run = silent_train(monkeypatch, bc, data, steps=200, batch_size=8, actor_lr=1e-2, top_fraction=0.1)
+    run = silent_train(
+        monkeypatch, bc, data, steps=200, batch_size=8, actor_lr=1e-2, top_fraction=0.1
+    )
     assert run.variant == "-top10" and data.size == 3 and torch.equal(data.action, actions)
     assert_close(run.actor.obs_mean, kept.mean(0))
     assert torch.equal(run.actor.act(kept), actions)
 
 
 def test_a_saved_discrete_policy_acts_alike(monkeypatch, tmp_path):
-    """policy.pt alone rebuilds it, and policy.pt2 too: in raw observations and the environment's own numbers."""
+    """policy.pt alone rebuilds it, and policy.pt2 too: in raw observations and the environment's
+    own numbers."""
     torch.set_default_dtype(torch.float32)
     data = tiny_discrete_data()
     data.first_action = 4
@@ -303,8 +335,13 @@ def test_a_saved_discrete_policy_acts_alike(monkeypatch, tmp_path):
 # ---- settings
 
 
-@pytest.mark.parametrize("setting, value", [("top_fraction", 0.0), ("top_fraction", 1.5), ("batch_size", 0), ("actor_lr", -1.0)])
+@pytest.mark.parametrize(
+    "setting, value",
+    [("top_fraction", 0.0), ("top_fraction", 1.5), ("batch_size", 0), ("actor_lr", -1.0)],
+)
 def test_settings_out_of_range_are_refused(monkeypatch, capsys, setting, value):
     with pytest.raises(SystemExit) as stop:
         silent_train(monkeypatch, bc, tiny_data(), steps=2, **{setting: value})
-    assert stop.value.code == 2 and f"--{setting.replace('_', '-')} must be" in capsys.readouterr().err
+    assert (
+        stop.value.code == 2 and f"--{setting.replace('_', '-')} must be" in capsys.readouterr().err
+    )

@@ -1,4 +1,5 @@
-"""BRAC against slow loops, its divergence with known answers, its two forms, and the corridor that SAC leaves."""
+"""BRAC against slow loops, its divergence with known answers, its two forms, and the corridor that
+SAC leaves."""
 import copy
 import math
 
@@ -36,7 +37,8 @@ def small(exact, monkeypatch):
 
 
 def slow_gaussian(actor, obs):
-    """Mean and standard deviation of u per action dimension: log σ goes from −5 to 0 as tanh goes from −1 to 1."""
+    """Mean and standard deviation of u per action dimension: log σ goes from −5 to 0 as tanh goes
+    from −1 to 1."""
     out = slow_mlp(actor.net, obs)
     half = len(out) // 2
     return out[:half], [math.exp(-5 + 2.5 * (math.tanh(v) + 1)) for v in out[half:]]
@@ -46,7 +48,11 @@ def slow_log_density(mean, std, action):
     """Of tanh(u), u normal: log N(u) − log da/du."""
     total = 0.0
     for m, s, a in zip(mean, std, action, strict=True):
-        total += -0.5 * ((math.atanh(a) - m) / s) ** 2 - math.log(s * math.sqrt(2 * math.pi)) - math.log(1 - a * a)
+        total += (
+            -0.5 * ((math.atanh(a) - m) / s) ** 2
+            - math.log(s * math.sqrt(2 * math.pi))
+            - math.log(1 - a * a)
+        )
     return total
 
 
@@ -68,11 +74,14 @@ def slow_divergence(actor, behavior, obs, noise):
 
 
 def fix_noise(monkeypatch, noise):
-    monkeypatch.setattr(torch, "randn_like", lambda like: torch.as_tensor(noise).reshape(like.shape))
+    monkeypatch.setattr(
+        torch, "randn_like", lambda like: torch.as_tensor(noise).reshape(like.shape)
+    )
 
 
 def networks():
-    """Actor, clone, critics and their target, all different, so that a test sees which one is used."""
+    """Actor, clone, critics and their target, all different, so that a test sees which one is
+    used."""
     return [make(Actor, 3, 2), make(Actor, 3, 2), make(Critic, 3, 2), make(Critic, 3, 2)]
 
 
@@ -80,8 +89,13 @@ def networks():
 
 
 def test_sampled_actions_equal_a_loop(monkeypatch):
-    """(E1): tanh of a Gaussian whose log σ is bounded softly, and the change of variables written with 1 − tanh²."""
-    actor, obs, draws = make(Actor, 3, 2), torch.randn(4, 3), record_draws(monkeypatch, "randn_like")
+    """(E1): tanh of a Gaussian whose log σ is bounded softly, and the change of variables written
+    with 1 − tanh²."""
+    actor, obs, draws = (
+        make(Actor, 3, 2),
+        torch.randn(4, 3),
+        record_draws(monkeypatch, "randn_like"),
+    )
     action, log_prob = brac.sample_action(*actor(obs))
     for b in range(4):
         policy = slow_gaussian(actor, obs[b])
@@ -101,14 +115,21 @@ def test_log_density_equals_a_loop():
     """At given actions; those beyond ±0.999 count as ±0.999, in every dimension on its own."""
     mean, log_std, action = torch.randn(4, 2), torch.randn(4, 2), 2 * torch.rand(4, 2) - 1
     action[1, 0], action[2, 1] = 1.0, -1.0
-    expected = [slow_log_density(mean[b].tolist(), log_std[b].exp().tolist(), clip(action[b].tolist())) for b in range(4)]
+    expected = [
+        slow_log_density(mean[b].tolist(), log_std[b].exp().tolist(), clip(action[b].tolist()))
+        for b in range(4)
+    ]
     assert_close(log_density(mean, log_std, action), expected)
 
 
 @pytest.mark.parametrize("u, expected", [(0.0, -0.918939), (0.5, -0.803710)])
 def test_known_densities(u, expected):
     """μ = 0, σ = 1: log b at a = 0, and at a = tanh(0.5), where the Jacobian adds 0.240229."""
-    assert_close(log_density(torch.zeros(1, 1), torch.zeros(1, 1), torch.full((1, 1), math.tanh(u))), [expected], 1e-6)
+    assert_close(
+        log_density(torch.zeros(1, 1), torch.zeros(1, 1), torch.full((1, 1), math.tanh(u))),
+        [expected],
+        1e-6,
+    )
 
 
 # ---- (E2), (E3) the clone
@@ -116,43 +137,68 @@ def test_known_densities(u, expected):
 
 def test_behavior_loss_equals_a_loop(monkeypatch):
     """(E2): the data's action clipped, the sample's not; and (E3) on that sample."""
-    behavior, batch, draws = make(Actor, 3, 2), tiny_batch(), record_draws(monkeypatch, "randn_like")
+    behavior, batch, draws = (
+        make(Actor, 3, 2),
+        tiny_batch(),
+        record_draws(monkeypatch, "randn_like"),
+    )
     batch.action[0, 0] = 1.0
     loss, log_prob = brac.behavior_loss(behavior, torch.tensor(0.3), batch)
     expected, sampled = 0.0, []
     for b in range(4):
         policy = slow_gaussian(behavior, batch.obs[b])
         sampled.append(slow_log_density(*policy, slow_draw(*policy, draws[0][b])))
-        expected += (0.3 * sampled[b] - slow_log_density(*policy, clip(batch.action[b].tolist()))) / 4
+        expected += (
+            0.3 * sampled[b] - slow_log_density(*policy, clip(batch.action[b].tolist()))
+        ) / 4
     assert_close(loss, expected, 1e-6)
     assert_close(log_prob, sampled, 1e-6)
     assert not log_prob.requires_grad
-    assert_close(brac.entropy_coef_loss(torch.tensor(0.3), log_prob, -2.0), -0.3 * (sum(sampled) / 4 - 2.0), 1e-6)
+    assert_close(
+        brac.entropy_coef_loss(torch.tensor(0.3), log_prob, -2.0),
+        -0.3 * (sum(sampled) / 4 - 2.0),
+        1e-6,
+    )
 
 
 def test_update_behavior_is_two_steps():
     """b with the old α, then α from the log b of the same sample; α never below 0."""
-    args, data, behavior, coef = Args(batch_size=4), tiny_data(), make(Actor, 3, 2), torch.tensor(0.01, requires_grad=True)
+    args, data, behavior, coef = (
+        Args(batch_size=4),
+        tiny_data(),
+        make(Actor, 3, 2),
+        torch.tensor(0.01, requires_grad=True),
+    )
     behavior.net[-1].weight.data.mul_(0.1)
-    behavior.net[-1].bias.data[:] = torch.tensor([0.1, -0.1, 2.0, 2.0])  # broad: entropy above the target, so α falls
+    # broad: entropy above the target, so α falls
+    behavior.net[-1].bias.data[:] = torch.tensor([0.1, -0.1, 2.0, 2.0])
     by_hand, alpha = copy.deepcopy(behavior), 0.01
     for seed in range(2):
         torch.manual_seed(seed)
-        metrics = brac.update_behavior(args, data, behavior, coef, torch.optim.SGD(behavior.parameters(), lr=0.01),
-                                       torch.optim.SGD([coef], lr=0.01))
+        metrics = brac.update_behavior(
+            args,
+            data,
+            behavior,
+            coef,
+            torch.optim.SGD(behavior.parameters(), lr=0.01),
+            torch.optim.SGD([coef], lr=0.01),
+        )
         torch.manual_seed(seed)
         loss, log_prob = brac.behavior_loss(by_hand, torch.tensor(alpha), data.sample(4))
         step_by_hand(loss, list(by_hand.parameters()), 0.01)
         alpha = max(alpha + 0.01 * (log_prob.mean().item() - 2), 0.0)
         assert_close(flat(behavior), flat(by_hand), 1e-12)
         assert_close(coef, alpha, 1e-12)
-        for name, value in dict(behavior_loss=loss, behavior_entropy=-log_prob.mean(), entropy_coef=alpha).items():
+        for name, value in dict(
+            behavior_loss=loss, behavior_entropy=-log_prob.mean(), entropy_coef=alpha
+        ).items():
             assert_close(metrics[name], value, 1e-12)
     assert alpha == 0.0, "α must have met its bound"
 
 
 def test_the_clone_is_the_data():
-    """Actions tanh(u), u ~ N(0.3, 0.5²), of entropy above the target: α falls to 0, μ and σ come back."""
+    """Actions tanh(u), u ~ N(0.3, 0.5²), of entropy above the target: α falls to 0, μ and σ come
+    back."""
     data = tiny_data(512, action_dim=1)
     quantiles = torch.special.ndtri((torch.arange(512) + 0.5) / 512)
     data.action[:, 0] = torch.tanh(0.3 + 0.5 * quantiles)
@@ -170,8 +216,14 @@ def test_entropy_coef_steers_the_entropy():
     """A narrow clone's entropy is below −dim(A): α rises."""
     behavior, coef = make(Actor, 3, 2, scale=0.0), torch.tensor(1.0, requires_grad=True)
     behavior.net[-1].bias.data[2:] = -5.0
-    metrics = brac.update_behavior(Args(batch_size=12), tiny_data(), behavior, coef,
-                                   torch.optim.SGD(behavior.parameters(), lr=0.0), torch.optim.SGD([coef], lr=0.01))
+    metrics = brac.update_behavior(
+        Args(batch_size=12),
+        tiny_data(),
+        behavior,
+        coef,
+        torch.optim.SGD(behavior.parameters(), lr=0.0),
+        torch.optim.SGD([coef], lr=0.01),
+    )
     assert metrics["behavior_entropy"] < -2
     assert_close(coef, 1 + 0.01 * (-metrics["behavior_entropy"] - 2))
 
@@ -180,18 +232,28 @@ def test_entropy_coef_steers_the_entropy():
 
 
 def test_divergence_equals_a_loop(monkeypatch):
-    """(E4), and its gradient against a finite difference of the loop: through log π and through the actions into b."""
+    """(E4), and its gradient against a finite difference of the loop: through log π and through the
+    actions into b."""
     (actor, behavior, *_), obs = networks(), torch.randn(4, 3)
     actor.net[-1].bias.data[0] += 3.8 - actor(obs)[0][:, 0].detach().mean()
     draws = record_draws(monkeypatch, "randn_like")
     with torch.no_grad():
         clone = behavior(obs)
     got = divergence(actor(obs), clone, 5)
-    assert_close(got, [slow_divergence(actor, behavior, obs[b], draws[0][b]) for b in range(4)], 1e-5)
-    actions = [slow_draw(*slow_gaussian(actor, obs[b]), eps) for b in range(4) for eps in draws[0][b]]
-    assert {abs(a) > 0.999 for action in actions for a in action} == {True, False}, "some samples must meet the clip"
+    assert_close(
+        got, [slow_divergence(actor, behavior, obs[b], draws[0][b]) for b in range(4)], 1e-5
+    )
+    actions = [
+        slow_draw(*slow_gaussian(actor, obs[b]), eps) for b in range(4) for eps in draws[0][b]
+    ]
+    assert {abs(a) > 0.999 for action in actions for a in action} == {True, False}, (
+        "some samples must meet the clip"
+    )
     got.sum().backward()
-    assert_gradient(actor.net[-1].bias, lambda: sum(slow_divergence(actor, behavior, obs[b], draws[0][b]) for b in range(4)))
+    assert_gradient(
+        actor.net[-1].bias,
+        lambda: sum(slow_divergence(actor, behavior, obs[b], draws[0][b]) for b in range(4)),
+    )
 
 
 def gaussian(mean, std, batch_size=1, dim=1):
@@ -199,7 +261,8 @@ def gaussian(mean, std, batch_size=1, dim=1):
 
 
 def test_known_divergence_of_two_gaussians():
-    """tanh changes no KL: N(0.5, 1) from N(0, 1) is 0.125 apart, N(0, 0.5²) log 2 − 0.375; the clip takes little."""
+    """tanh changes no KL: N(0.5, 1) from N(0, 1) is 0.125 apart, N(0, 0.5²) log 2 − 0.375; the clip
+    takes little."""
     for mean, std, expected in ((0.5, 1.0, 0.125), (0.0, 0.5, math.log(2) - 0.375)):
         got = divergence(gaussian(mean, std), gaussian(0.0, 1.0), 200_000)
         assert_close(got, [expected], 0.01)
@@ -226,7 +289,8 @@ def test_a_policy_that_is_the_clone_has_no_divergence():
 
 
 def test_at_the_clone_the_divergence_has_no_slope():
-    """KL(π ‖ b) is smallest at π = b: one sample's gradient is noise, that of many is zero; elsewhere it is (μ − μ_b)/σ²."""
+    """KL(π ‖ b) is smallest at π = b: one sample's gradient is noise, that of many is zero;
+    elsewhere it is (μ − μ_b)/σ²."""
     for shift in (0.0, 0.5):
         mean = torch.full((1, 1), 0.3 + shift, requires_grad=True)
         divergence((mean, torch.zeros(1, 1)), gaussian(0.3, 1.0), 100_000).backward()
@@ -238,8 +302,14 @@ def test_divergence_is_finite_at_the_bounds():
     policy = gaussian(30.0, 0.01)
     value = divergence(policy, gaussian(0.0, 1.0), 4)
     b = slow_log_density([0.0], [1.0], [0.999])
-    assert value.isfinite() and value > 50 and abs(value.item() - (-math.log(0.01 * math.sqrt(2 * math.pi)) - 0.5 + 60
-                                                                    - math.log(4) - b)) < 2
+    assert (
+        value.isfinite()
+        and value > 50
+        and abs(
+            value.item() - (-math.log(0.01 * math.sqrt(2 * math.pi)) - 0.5 + 60 - math.log(4) - b)
+        )
+        < 2
+    )
 
 
 # ---- (E5) the target
@@ -259,7 +329,10 @@ def test_td_target_equals_a_loop(monkeypatch, value_penalty):
             value -= 0.7 * slow_divergence(actor, behavior, batch.next_obs[b], draws[1][b])
         expected.append(float(batch.reward[b] + 0.9 * (0.0 if b == 1 else value)))
     assert_close(y, expected, 1e-6)
-    assert not y.requires_grad and [tuple(noise.shape) for noise in draws] == [(4, 2), (4, 3, 2)][:1 + value_penalty]
+    assert (
+        not y.requires_grad
+        and [tuple(noise.shape) for noise in draws] == [(4, 2), (4, 3, 2)][: 1 + value_penalty]
+    )
 
 
 def both_targets(gamma, weight=0.7):
@@ -272,7 +345,8 @@ def both_targets(gamma, weight=0.7):
 
 
 def test_both_forms_are_equal_without_a_future():
-    """γ = 0 or w = 0: BRAC-v's target is BRAC-p's; with γ > 0 it is lower by γ w D(s′) where the episode goes on."""
+    """γ = 0 or w = 0: BRAC-v's target is BRAC-p's; with γ > 0 it is lower by γ w D(s′) where the
+    episode goes on."""
     for settings in (dict(gamma=0.0), dict(gamma=0.9, weight=0.0)):
         assert_close(*both_targets(**settings)[0])
     ys, actor, behavior, batch = both_targets(0.9)
@@ -294,7 +368,8 @@ def test_bracp_has_sacs_target_without_entropy():
 
 
 def test_termination_stops_bootstrap_and_penalty():
-    """Where the task is over, y is the reward, whatever s′, γ and w; elsewhere each transition takes its smaller Q."""
+    """Where the task is over, y is the reward, whatever s′, γ and w; elsewhere each transition
+    takes its smaller Q."""
     (actor, behavior, critic, _), batch = networks(), tiny_batch(terminated=(1, 1, 1, 1))
     for weight in (0.0, 5.0):
         args = Args(divergence_weight=weight, value_penalty=True)
@@ -311,21 +386,28 @@ def test_termination_stops_bootstrap_and_penalty():
 def test_critic_loss_equals_a_loop():
     """(E6): the mean over transitions of the squared error, summed over two different critics."""
     critic, batch, y = make(Critic, 3, 2), tiny_batch(), torch.randn(4)
-    q = [[slow_critic(critic, k, batch.obs[b], batch.action[b].tolist()) for b in range(4)] for k in range(2)]
+    q = [
+        [slow_critic(critic, k, batch.obs[b], batch.action[b].tolist()) for b in range(4)]
+        for k in range(2)
+    ]
     loss, q_data = brac.critic_loss(critic, batch, y)
     assert_close(loss, sum((q[k][b] - float(y[b])) ** 2 / 4 for k in range(2) for b in range(4)))
     assert_close(q_data, sum(q[0] + q[1]) / 8)
     assert abs(q[0][0] - q[1][0]) > 1e-3
-    with pytest.raises(AssertionError):  # a target (B, 1) would silently compare every Q with every y
+    # a target (B, 1) would silently compare every Q with every y
+    with pytest.raises(AssertionError):
         brac.critic_loss(critic, batch, y[:, None])
 
 
 @pytest.mark.parametrize("with_q", [False, True])
 def test_actor_loss_equals_a_loop(monkeypatch, with_q):
-    """(E7), and its gradient against a finite difference of the loop; the divergence has samples of its own."""
+    """(E7), and its gradient against a finite difference of the loop; the divergence has samples of
+    its own."""
     (actor, behavior, critic, _), obs = networks(), torch.randn(4, 3)
     draws = record_draws(monkeypatch, "randn_like")
-    loss, distance = brac.actor_loss(actor, behavior, critic, obs, Args(divergence_weight=0.7, num_samples=3), with_q)
+    loss, distance = brac.actor_loss(
+        actor, behavior, critic, obs, Args(divergence_weight=0.7, num_samples=3), with_q
+    )
     loss.backward()
     assert [tuple(noise.shape) for noise in draws] == [(4, 3, 2), (4, 2)][:1 + with_q]
 
@@ -334,7 +416,13 @@ def test_actor_loss_equals_a_loop(monkeypatch, with_q):
         q = 0.0
         if with_q:
             actions = [slow_draw(*slow_gaussian(actor, obs[b]), draws[1][b]) for b in range(4)]
-            q = sum(min(slow_critic(critic, k, obs[b], actions[b]) for k in range(2)) for b in range(4)) / 4
+            q = (
+                sum(
+                    min(slow_critic(critic, k, obs[b], actions[b]) for k in range(2))
+                    for b in range(4)
+                )
+                / 4
+            )
         return 0.7 * far - q, far
 
     assert_close(torch.stack([loss, distance]), slow(), 1e-6)
@@ -360,7 +448,11 @@ def test_without_weight_it_is_sacs_actor(monkeypatch):
     """w = 0: sac.py's loss with α = 0, for the same noise."""
     (actor, behavior, critic, _), obs = networks(), torch.randn(4, 3)
     noise = torch.randn(4, 2)
-    monkeypatch.setattr(torch, "randn_like", lambda like: noise if like.shape == noise.shape else torch.zeros_like(like))
+    monkeypatch.setattr(
+        torch,
+        "randn_like",
+        lambda like: noise if like.shape == noise.shape else torch.zeros_like(like),
+    )
     got, _ = brac.actor_loss(actor, behavior, critic, obs, Args(divergence_weight=0.0), True)
     assert_close(got, sac.actor_loss(actor, critic, torch.tensor(0.0), obs)[0])
 
@@ -384,7 +476,9 @@ def sgd(*nets, lr=0.01):
 @pytest.mark.parametrize("value_penalty", [False, True])
 def test_update_is_the_algorithm_box(with_q, value_penalty):
     """(E8) first; then Q on the moved targets, then π on the new Q; the clone stays; exactly."""
-    args = Args(batch_size=4, gamma=0.9, target_rate=0.3, divergence_weight=0.7, value_penalty=value_penalty)
+    args = Args(
+        batch_size=4, gamma=0.9, target_rate=0.3, divergence_weight=0.7, value_penalty=value_penalty
+    )
     data, nets = tiny_data(), networks()
     actor, behavior, critic, critic_target = copy.deepcopy(nets)
     optimizers = sgd(nets[0], nets[2])
@@ -396,13 +490,16 @@ def test_update_is_the_algorithm_box(with_q, value_penalty):
         batch = data.sample(4)
         for t, o in zip(critic_target.parameters(), critic.parameters()):
             t.data = 0.7 * t.data + 0.3 * o.data
-        q_loss, q_data = brac.critic_loss(critic, batch, brac.td_target(actor, behavior, critic_target, batch, args))
+        q_loss, q_data = brac.critic_loss(
+            critic, batch, brac.td_target(actor, behavior, critic_target, batch, args)
+        )
         q_grad = step_by_hand(q_loss, list(critic.parameters()), 0.01)
         pi_loss, distance = brac.actor_loss(actor, behavior, critic, batch.obs, args, with_q)
         step_by_hand(pi_loss, list(actor.parameters()), 0.01)
         for got, want in zip(nets, (actor, behavior, critic, critic_target)):
             assert_close(flat(got), flat(want), 1e-12)
-        assert_close(flat_grad(nets[2]), q_grad, 1e-12)  # the actor's step adds nothing to the critic's gradient
+        # the actor's step adds nothing to the critic's gradient
+        assert_close(flat_grad(nets[2]), q_grad, 1e-12)
         for name, value in dict(critic_loss=q_loss, q_data=q_data, divergence=distance).items():
             assert_close(metrics[name], value, 1e-12)
     assert all(p.grad is None for net in (nets[1], nets[3]) for p in net.parameters())
@@ -410,34 +507,61 @@ def test_update_is_the_algorithm_box(with_q, value_penalty):
 
 @pytest.mark.parametrize("value_penalty", [False, True])
 def test_train_clones_first(monkeypatch, value_penalty):
-    """The clone moves before step 1, and never after; actor and critics only after. The target starts as a copy."""
-    run = silent_train(monkeypatch, brac, tiny_data(), steps=4, batch_size=4, behavior_steps=3, value_penalty=value_penalty,
-                       actor_lr=0.1, critic_lr=0.2, behavior_lr=0.3)
+    """The clone moves before step 1, and never after; actor and critics only after. The target
+    starts as a copy."""
+    run = silent_train(
+        monkeypatch,
+        brac,
+        tiny_data(),
+        steps=4,
+        batch_size=4,
+        behavior_steps=3,
+        value_penalty=value_penalty,
+        actor_lr=0.1,
+        critic_lr=0.2,
+        behavior_lr=0.3,
+    )
     assert run.variant == ("-v" if value_penalty else "-p")
-    assert len(run.history) == 6, "at the start, after the clone as step 0, and after each of four steps"
-    assert run.steps_that_moved("behavior") == run.steps_that_moved("entropy_coef") == run.steps_that_moved("cloned") == [1]
+    assert len(run.history) == 6, (
+        "at the start, after the clone as step 0, and after each of four steps"
+    )
+    assert (
+        run.steps_that_moved("behavior")
+        == run.steps_that_moved("entropy_coef")
+        == run.steps_that_moved("cloned")
+        == [1]
+    )
     assert run.history[1]["cloned"] == 3 and run.history[0]["entropy_coef"] == 1
     for name in ("actor", "critic"):
         assert run.steps_that_moved(name) == [2, 3, 4, 5]
-    assert run.steps_that_moved("critic_target") == [3, 4, 5], "(E8) comes first, so the first time onto itself"
+    assert run.steps_that_moved("critic_target") == [3, 4, 5], (
+        "(E8) comes first, so the first time onto itself"
+    )
     assert torch.equal(run.history[0]["critic"], run.history[0]["critic_target"])
     assert not torch.equal(run.history[0]["actor"], run.history[0]["behavior"])
-    assert_close(torch.stack([run.actor.action_mid, run.actor.action_half]), [[0.5, 0.5], [1.0, 2.0]])
+    assert_close(
+        torch.stack([run.actor.action_mid, run.actor.action_half]), [[0.5, 0.5], [1.0, 2.0]]
+    )
     assert_close(run.state["behavior"].action_half, [1.0, 2.0])
-    assert [run.state[f"{name}_optimizer"].param_groups[0]["lr"] for name in ("actor", "critic", "behavior", "entropy")] == [
-        0.1, 0.2, 0.3, 0.3]
+    assert [
+        run.state[f"{name}_optimizer"].param_groups[0]["lr"]
+        for name in ("actor", "critic", "behavior", "entropy")
+    ] == [0.1, 0.2, 0.3, 0.3]
 
 
 def test_train_counts_the_warm_start(monkeypatch):
     """warm_start_steps = 2: of four steps the first two without Q."""
     seen = []
     monkeypatch.setattr(brac, "update", lambda *args, with_q, **parts: seen.append(with_q) or {})
-    silent_train(monkeypatch, brac, tiny_data(), steps=4, batch_size=4, behavior_steps=1, warm_start_steps=2)
+    silent_train(
+        monkeypatch, brac, tiny_data(), steps=4, batch_size=4, behavior_steps=1, warm_start_steps=2
+    )
     assert seen == [False, False, True, True]
 
 
 def test_a_resumed_run_does_not_clone_again(monkeypatch):
-    """What the checkpoint says is done is not done again; a clone that was stopped half-way goes on."""
+    """What the checkpoint says is done is not done again; a clone that was stopped half-way goes
+    on."""
     moved = []
     monkeypatch.setattr(brac, "update_behavior", lambda *args, **parts: moved.append(1) or {})
     for done, expected in ((5, 0), (2, 3)):
@@ -451,7 +575,9 @@ def test_a_resumed_run_does_not_clone_again(monkeypatch):
             patch.setattr(SilentRun, "begin", resumed)
             run = silent_train(patch, brac, tiny_data(), steps=1, batch_size=4, behavior_steps=5)
         assert len(moved) == expected and run.state["cloned"] == done + expected
-        assert len(run.history) == 2 + (expected > 0), "saved once more where something was left to do"
+        assert len(run.history) == 2 + (expected > 0), (
+            "saved once more where something was left to do"
+        )
 
 
 def test_a_stop_in_the_cloning_saves_and_leaves(monkeypatch, capsys):
@@ -462,7 +588,11 @@ def test_a_stop_in_the_cloning_saves_and_leaves(monkeypatch, capsys):
         silent_train(monkeypatch, brac, tiny_data(), steps=1, batch_size=4, behavior_steps=5)
     run, said = SilentRun.last, capsys.readouterr()
     assert left.value.code == 2 and "--resume" in said.err and "behavior_entropy" in said.out
-    assert run.state["cloned"] == 1 and run.steps_that_moved("behavior") == [1] and len(run.history) == 2
+    assert (
+        run.state["cloned"] == 1
+        and run.steps_that_moved("behavior") == [1]
+        and len(run.history) == 2
+    )
     assert run.unsaved, "else common.Run would leave at the signal, before anything is saved"
 
 
@@ -471,7 +601,10 @@ def test_a_clone_that_is_not_a_number_is_not_saved(monkeypatch, capsys):
     data.obs.fill_(math.nan)
     with pytest.raises(SystemExit) as left:
         silent_train(monkeypatch, brac, data, steps=1, batch_size=4, behavior_steps=5)
-    assert left.value.code == 2 and "behavior_loss of the behaviour clone is nan by update 5" in capsys.readouterr().err
+    assert (
+        left.value.code == 2
+        and "behavior_loss of the behaviour clone is nan by update 5" in capsys.readouterr().err
+    )
     assert len(SilentRun.last.history) == 1
 
 
@@ -479,14 +612,16 @@ def test_a_clone_that_is_not_a_number_is_not_saved(monkeypatch, capsys):
 
 
 def corridor_data():
-    """One state, for ever; data actions in [−0.2, 0.2] earn what they say, r = a. What a = 1 earns, nobody knows."""
+    """One state, for ever; data actions in [−0.2, 0.2] earn what they say, r = a. What a = 1 earns,
+    nobody knows."""
     data = one_state_data(256)
     data.action[:, 0] = data.reward[:] = torch.linspace(-0.2, 0.2, 256)
     return data
 
 
 def clone_and_policies(monkeypatch, data, weights) -> tuple[float, dict]:
-    """The clone's action in the one state, and for each weight of the penalty the policy's and its divergence."""
+    """The clone's action in the one state, and for each weight of the penalty the policy's and its
+    divergence."""
     for name in ("HIDDEN", "ACTOR_HIDDEN"):
         monkeypatch.setattr(brac, name, (32, 32))
     behavior, coef = Actor(3, 1), torch.ones((), requires_grad=True)
@@ -498,7 +633,9 @@ def clone_and_policies(monkeypatch, data, weights) -> tuple[float, dict]:
         torch.manual_seed(0)
         nets = [Actor(3, 1), behavior, Critic(3, 1)]
         nets.append(copy.deepcopy(nets[2]))
-        args = Args(batch_size=32, gamma=0.9, target_rate=0.2, divergence_weight=weight, value_penalty=True)
+        args = Args(
+            batch_size=32, gamma=0.9, target_rate=0.2, divergence_weight=weight, value_penalty=True
+        )
         optimizers = [torch.optim.Adam(nets[i].parameters(), lr=5e-3) for i in (0, 2)]
         for step in range(200):
             metrics = brac.update(args, data, *nets, *optimizers, step > 50)
@@ -507,16 +644,20 @@ def clone_and_policies(monkeypatch, data, weights) -> tuple[float, dict]:
 
 
 def test_a_heavy_penalty_keeps_the_policy_at_the_clone(monkeypatch):
-    """No data action is worth more than 0.2 / (1 − γ) = 2. SAC, which has no clone, acts far outside; BRAC near it."""
+    """No data action is worth more than 0.2 / (1 − γ) = 2. SAC, which has no clone, acts far
+    outside; BRAC near it."""
     clone, results = clone_and_policies(monkeypatch, corridor_data(), (1e-6, 10.0))
     assert abs(clone) < 0.1, "the mean of the data"
-    assert results[1e-6][0] > 0.9 and results[1e-6][1] > 3, "next to no penalty is SAC without entropy"
+    assert results[1e-6][0] > 0.9 and results[1e-6][1] > 3, (
+        "next to no penalty is SAC without entropy"
+    )
     assert abs(results[10.0][0] - clone) < 0.1 and abs(results[10.0][1]) < 0.2
 
 
 def test_a_wrong_clone_makes_a_wrong_policy(monkeypatch):
-    """The notes' problem with explicit constraints: half the data's actions are −0.5, half 0.5, and r = |a|. A Gaussian is no
-    model of that. Its clone acts as nobody did, at about 0, and the penalty keeps the policy there."""
+    """The notes' problem with explicit constraints: half the data's actions are −0.5, half 0.5, and
+    r = |a|. A Gaussian is no model of that. Its clone acts as nobody did, at about 0, and the
+    penalty keeps the policy there."""
     data = corridor_data()
     data.action[:, 0] = torch.where(torch.arange(256) % 2 == 0, 0.5, -0.5)
     data.reward[:] = 0.5
@@ -525,13 +666,20 @@ def test_a_wrong_clone_makes_a_wrong_policy(monkeypatch):
 
 
 def test_a_constraint_creates_a_preference_where_all_is_worth_the_same():
-    """Another of the notes: with no reward anywhere Q is 0, and an unconstrained policy has nothing to prefer. BRAC prefers
-    the clone. It costs nothing there: the cost shows where the data cover better actions (results/lessons)."""
-    actor, behavior, obs = make(Actor, 3, 1, scale=0.5), make(Actor, 3, 1, scale=0.5), torch.randn(256, 3)
+    """Another of the notes: with no reward anywhere Q is 0, and an unconstrained policy has nothing
+    to prefer. BRAC prefers the clone. It costs nothing there: the cost shows where the data cover
+    better actions (results/lessons)."""
+    actor, behavior, obs = (
+        make(Actor, 3, 1, scale=0.5),
+        make(Actor, 3, 1, scale=0.5),
+        torch.randn(256, 3),
+    )
     nothing = lambda obs, action: torch.zeros(2, len(obs))
     gradients = []
     for weight in (0.0, 1.0):
-        loss = brac.actor_loss(actor, behavior, nothing, obs, Args(divergence_weight=weight), True)[0]
+        loss = brac.actor_loss(actor, behavior, nothing, obs, Args(divergence_weight=weight), True)[
+            0
+        ]
         actor.zero_grad()
         loss.backward()
         gradients.append(flat_grad(actor).norm().item())

@@ -1,9 +1,9 @@
-"""What a CUDA graph asks of every `update`, checked without a GPU, and what is around the graph: resuming, policy.pt, fallback.
+"""What a CUDA graph asks of every `update`, checked without a GPU, and what is around the graph:
+resuming, policy.pt, fallback.
 
-A graph replays for ever the kernels, numbers and addresses of the call that was recorded. So an update must not wait for a
-tensor's value, make a tensor on the host or of a shape that depends on values, and every call must do the same operations,
-with the same numbers, on the same memory.
-"""
+A graph replays for ever the kernels, numbers and addresses of the call that was recorded. So an
+update must not wait for a tensor's value, make a tensor on the host or of a shape that depends on
+values, and every call must do the same operations, with the same numbers, on the same memory. """
 import ast
 import importlib
 import json
@@ -30,12 +30,46 @@ CPU = torch.device("cpu")
 
 # ---- The guard
 
-FACTORIES = {"arange", "empty", "eye", "full", "linspace", "logspace", "normal", "ones", "rand", "randint", "randn", "randperm",
-             "scalar_tensor", "tril_indices", "triu_indices", "zeros"}
+FACTORIES = {
+    "arange",
+    "empty",
+    "eye",
+    "full",
+    "linspace",
+    "logspace",
+    "normal",
+    "ones",
+    "rand",
+    "randint",
+    "randn",
+    "randperm",
+    "scalar_tensor",
+    "tril_indices",
+    "triu_indices",
+    "zeros",
+}
 FROM_HOST = {"as_tensor", "asarray", "tensor"}
-TO_HOST = {"__array__", "__bool__", "__float__", "__index__", "__int__", "cpu", "item", "numpy", "tolist"}
+TO_HOST = {
+    "__array__",
+    "__bool__",
+    "__float__",
+    "__index__",
+    "__int__",
+    "cpu",
+    "item",
+    "numpy",
+    "tolist",
+}
 WAITS = {"_local_scalar_dense", "equal", "is_nonzero"}
-SHAPES = {"_unique", "_unique2", "bincount", "masked_select", "nonzero", "unique_consecutive", "unique_dim"}
+SHAPES = {
+    "_unique",
+    "_unique2",
+    "bincount",
+    "masked_select",
+    "nonzero",
+    "unique_consecutive",
+    "unique_dim",
+}
 
 
 class HostGuard(TorchFunctionMode):
@@ -50,18 +84,22 @@ class HostGuard(TorchFunctionMode):
         assert name not in FROM_HOST, f"torch.{name} copies from the host"
         assert name not in TO_HOST, f"{name} waits for a value"
         if name == "to":
-            assert "cpu" not in [x for x in args[1:] if isinstance(x, str)], "a tensor goes to the CPU"
+            assert "cpu" not in [x for x in args[1:] if isinstance(x, str)], (
+                "a tensor goes to the CPU"
+            )
         return function(*args, **kwargs)
 
 
 class Recorder(TorchDispatchMode):
-    """The kernels of one call: names, shapes, numbers, and the addresses of tensors that the call did not make itself."""
+    """The kernels of one call: names, shapes, numbers, and the addresses of tensors that the call
+    did not make itself."""
 
     def __init__(self, alive: dict):
         super().__init__()
         self.operations = []
         self.own = set()  # storages made by this call
-        self.alive = alive  # every storage of every call, so that no later one gets the same address by chance
+        # every storage of every call, so that no later one gets the same address by chance
+        self.alive = alive
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -71,13 +109,21 @@ class Recorder(TorchDispatchMode):
         assert name not in WAITS, f"{name} waits for a value"
         assert name not in SHAPES, f"{name} has a shape that depends on values"
         if name in ("index", "index_put", "index_put_", "_index_put_impl_"):
-            masks = [x for x in tree_leaves(args[1]) if isinstance(x, torch.Tensor) and x.dtype in (torch.bool, torch.uint8)]
+            masks = [
+                x
+                for x in tree_leaves(args[1])
+                if isinstance(x, torch.Tensor) and x.dtype in (torch.bool, torch.uint8)
+            ]
             assert not masks, "an index by a mask has a shape that depends on values"
         if name == "repeat_interleave":
-            assert kwargs.get("output_size") is not None, "repeat_interleave has a shape that depends on values"
+            assert kwargs.get("output_size") is not None, (
+                "repeat_interleave has a shape that depends on values"
+            )
         if name == "normal":
             assert not tensors, "normal(tensor, tensor) waits for the smallest deviation"
-        assert not any(isinstance(x, torch.Generator) for x in leaves), "a graph knows the default random generator alone"
+        assert not any(isinstance(x, torch.Generator) for x in leaves), (
+            "a graph knows the default random generator alone"
+        )
         before = [x.untyped_storage()._cdata for x in tensors]
         self.alive.update({x.untyped_storage()._cdata: x.untyped_storage() for x in tensors})
         addresses = [x.data_ptr() for x, storage in zip(tensors, before) if storage not in self.own]
@@ -87,15 +133,18 @@ class Recorder(TorchDispatchMode):
                 self.own.add(x.untyped_storage()._cdata)
                 self.alive[x.untyped_storage()._cdata] = x.untyped_storage()
         numbers = [x for x in leaves if isinstance(x, (bool, int, float))]
-        self.operations.append((str(function), [tuple(x.shape) for x in tensors], numbers, addresses))
+        self.operations.append(
+            (str(function), [tuple(x.shape) for x in tensors], numbers, addresses)
+        )
         return out
 
 
 class Guard:
-    """Stands in for record_on_cuda: three calls of each variant are watched, the third must do what the second did.
+    """Stands in for record_on_cuda: three calls of each variant are watched, the third must do what
+    the second did.
 
-    The first may do more: it makes the optimizers' state. On CUDA the first three are not recorded, either.
-    """
+    The first may do more: it makes the optimizers' state. On CUDA the first three are not recorded,
+    either. """
 
     def __init__(self):
         self.alive = {}
@@ -110,7 +159,9 @@ class Guard:
             with recorder, HostGuard():
                 metrics = update(**variant)
             for value in tree_leaves(metrics):
-                assert not value.requires_grad, "a metric would keep the graph of gradients of the call that was recorded"
+                assert not value.requires_grad, (
+                    "a metric would keep the graph of gradients of the call that was recorded"
+                )
             seen.append(recorder.operations)
             if len(seen) == 3:
                 self.compare(seen[2], seen[1])
@@ -123,27 +174,62 @@ class Guard:
         for (name, shapes, numbers, addresses), old in zip(now, before):
             assert name == old[0], f"{name}, which was {old[0]} in the call before"
             assert shapes == old[1], f"{name} has other shapes than in the call before"
-            assert numbers == old[2], f"{name} has other numbers, {numbers}, than in the call before, {old[2]}"
-            assert addresses == old[3], f"{name} reads or writes other memory than in the call before"
+            assert numbers == old[2], (
+                f"{name} has other numbers, {numbers}, than in the call before, {old[2]}"
+            )
+            assert addresses == old[3], (
+                f"{name} reads or writes other memory than in the call before"
+            )
         assert len(now) == len(before), "more or fewer operations than in the call before"
 
 
 # ---- Every algorithm, in all its forms
 
-SMALL = dict(  # settings by their names, wherever a file has them: each stage lasts three updates or more, each network is small
-    steps=8, batch_size=8, eval_every=100, value_steps=3, actor_steps=3, vae_steps=3, behavior_steps=3, warm_up_steps=4,
-    warm_start_steps=4, warmup_steps=6, policy_delay=2, target_every=2, num_samples=2, num_mmd_samples=2, num_critics=3, num_heads=3,
-    passes=2, agents=2, dynamics_epochs=1, rollout_every=2, rollout_starts=8, horizon=2, retain=2, real_share=0.5, device="cpu")
-OTHERS = {  # numbers for which a file has a form of its own; those of bool and Literal settings are found
-    "bc": [dict(top_fraction=0.5)], "edac": [dict(diversity_weight=0.0)], "mopo": [dict(penalty_weight=0.0)],
+# settings by their names, wherever a file has them: each stage lasts three updates or more, each
+# network is small
+SMALL = dict(
+    steps=8,
+    batch_size=8,
+    eval_every=100,
+    value_steps=3,
+    actor_steps=3,
+    vae_steps=3,
+    behavior_steps=3,
+    warm_up_steps=4,
+    warm_start_steps=4,
+    warmup_steps=6,
+    policy_delay=2,
+    target_every=2,
+    num_samples=2,
+    num_mmd_samples=2,
+    num_critics=3,
+    num_heads=3,
+    passes=2,
+    agents=2,
+    dynamics_epochs=1,
+    rollout_every=2,
+    rollout_starts=8,
+    horizon=2,
+    retain=2,
+    real_share=0.5,
+    device="cpu",
+)
+# numbers for which a file has a form of its own; those of bool and Literal settings are found
+OTHERS = {
+    "bc": [dict(top_fraction=0.5)],
+    "edac": [dict(diversity_weight=0.0)],
+    "mopo": [dict(penalty_weight=0.0)],
 }
 FILES = [path.stem for path in sorted((ROOT / "algorithms").glob("*.py"))]
 
 
 def forms(name: str) -> list[dict]:
-    """Settings of every form: the default, and each other value of each setting that is a choice."""
+    """Settings of every form: the default, and each other value of each setting that is a
+    choice."""
     tree = ast.parse((ROOT / "algorithms" / f"{name}.py").read_text())
-    (settings,) = [node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Args"]
+    (settings,) = [
+        node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Args"
+    ]
     found = [{}]
     for field in settings:
         kind, default = ast.unparse(field.annotation), ast.literal_eval(field.value)
@@ -173,8 +259,14 @@ def data_of(kind: str, action_dim: int) -> Dataset:
     if kind == "discrete":
         return data
     images = torch.randint(256, (40, 1, 36, 36), dtype=torch.uint8)
-    columns = dict(obs=images, action=data.action, reward=data.reward, next_obs=images.flip(0), terminated=data.terminated,
-                   truncated=ends_every_four(40))
+    columns = dict(
+        obs=images,
+        action=data.action,
+        reward=data.reward,
+        next_obs=images.flip(0),
+        terminated=data.terminated,
+        truncated=ends_every_four(40),
+    )
     return Dataset("tiny", columns, data.action_space, data.env_spec, (0.0, 1.0))
 
 
@@ -197,12 +289,18 @@ def guarded_train(module, monkeypatch, folder, data: Dataset, settings: dict) ->
         if name.endswith("HIDDEN"):
             monkeypatch.setattr(module, name, tuple(8 for _ in widths))
     monkeypatch.setattr(FolderRun, "folder", folder / "seed0")
-    replaced = dict(Run=FolderRun, load_dataset=lambda *_, **__: data, record_on_cuda=guard.record_on_cuda,
-                    evaluate=lambda *_, **__: np.zeros(2))
+    replaced = dict(
+        Run=FolderRun,
+        load_dataset=lambda *_, **__: data,
+        record_on_cuda=guard.record_on_cuda,
+        evaluate=lambda *_, **__: np.zeros(2),
+    )
     for name, value in replaced.items():
         monkeypatch.setattr(module, name, value, raising=False)
     known = {field.name for field in fields(module.Args)}
-    module.train(module.Args(**{key: value for key, value in (SMALL | settings).items() if key in known}))
+    module.train(
+        module.Args(**{key: value for key, value in (SMALL | settings).items() if key in known})
+    )
     return guard
 
 
@@ -210,8 +308,16 @@ def save_two_policies(folder, data: Dataset) -> tuple[str, ...]:
     """For fqe.py, each with the record of its run."""
     for seed in range(2):
         (folder / f"seed{seed}").mkdir(parents=True)
-        common.save_policy(folder / f"seed{seed}", "td3_bc", "td3_bc", td3_bc.Actor(data.obs_dim, data.action_dim), data)
-        (folder / f"seed{seed}" / "result.json").write_text(json.dumps({"final_returns": [float(seed)]}))
+        common.save_policy(
+            folder / f"seed{seed}",
+            "td3_bc",
+            "td3_bc",
+            td3_bc.Actor(data.obs_dim, data.action_dim),
+            data,
+        )
+        (folder / f"seed{seed}" / "result.json").write_text(
+            json.dumps({"final_returns": [float(seed)]})
+        )
     return (str(folder),)
 
 
@@ -228,29 +334,40 @@ def show(part) -> str:
 @pytest.mark.parametrize(("name", "kind", "form"), CASES, ids=show)
 def test_an_update_could_be_recorded(name, kind, form, monkeypatch, tmp_path):
     module = importlib.import_module(name)
-    data = data_of(kind, 1 if hasattr(module, "imagine") else 2)  # an imagined episode ends as the pendulum's, which has one action
+    # an imagined episode ends as the pendulum's, which has one action
+    data = data_of(kind, 1 if hasattr(module, "imagine") else 2)
     if name == "fqe":
         monkeypatch.setattr(common, "export_policy", lambda *_: None)
         monkeypatch.setattr(td3_bc, "HIDDEN", (8, 8))
-        form = form | dict(policies=save_two_policies(tmp_path / "policies", data), out=str(tmp_path))
+        form = form | dict(
+            policies=save_two_policies(tmp_path / "policies", data), out=str(tmp_path)
+        )
     guard = guarded_train(module, monkeypatch, tmp_path, data, form)
     assert guard.seen
     for (update, *variant), calls in guard.seen.items():
         assert len(calls) == 3, "this variant was not seen three times"
-        print(f"capture: {name} | {kind} {form or ''} | {update} {dict(variant) or ''} | {len(calls[2])} operations")
+        print(
+            f"capture: {name} | {kind} {form or ''} | {update} {dict(variant) or ''} | "
+            f"{len(calls[2])} operations"
+        )
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_optimizers_are_fit_for_recording(name):
-    """Adam keeps its step count on the device only if it is told so. The fit of a dynamics model alone is not recorded."""
+    """Adam keeps its step count on the device only if it is told so. The fit of a dynamics model
+    alone is not recorded."""
     source = (ROOT / "algorithms" / f"{name}.py").read_text()
     found = 0
     for call in ast.walk(ast.parse(source)):
-        if isinstance(call, ast.Call) and "torch.optim.Adam" in [ast.unparse(x).removesuffix("W") for x in (call.func, *call.args)]:
+        if isinstance(call, ast.Call) and "torch.optim.Adam" in [
+            ast.unparse(x).removesuffix("W") for x in (call.func, *call.args)
+        ]:
             settings = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
             found += 1
             if settings.get("lr") != "DYNAMICS_LR":
-                assert settings.get("capturable") in ("data.device.type == 'cuda'", "on_cuda"), settings
+                assert settings.get("capturable") in ("data.device.type == 'cuda'", "on_cuda"), (
+                    settings
+                )
                 assert settings.get("fused") == "True", settings
     assert found == source.count("torch.optim.Adam") and (found or "torch.optim.SGD" in source)
 
@@ -269,7 +386,12 @@ class Toy:
 
 def make_toy() -> Toy:
     weight = torch.ones(4, requires_grad=True)
-    return Toy(weight, torch.ones(4), torch.linspace(-1, 1, 40).reshape(10, 4), torch.optim.Adam([weight], fused=True))
+    return Toy(
+        weight,
+        torch.ones(4),
+        torch.linspace(-1, 1, 40).reshape(10, 4),
+        torch.optim.Adam([weight], fused=True),
+    )
 
 
 def sound(toy: Toy) -> dict:
@@ -341,7 +463,7 @@ FAULTS = [
     ("waits for a value", lambda toy: {"loss": toy.target * toy.target.numpy().sum()}),
     ("waits for a value", lambda toy: {"loss": toy.target.cpu()}),
     ("waits for a value", lambda toy: {"loss": toy.target * np.asarray(toy.target).sum()}),
-    ("waits for a value", lambda toy: {"loss": toy.data[:int(toy.target.sum())]}),
+    ("waits for a value", lambda toy: {"loss": toy.data[: int(toy.target.sum())]}),
     ("waits for a value", lambda toy: toy.target.mul_(1 + torch.equal(toy.target, toy.weight))),
     ("copies from the host|waits for a value", plain_adam),
     ("waits for the smallest", lambda toy: {"loss": torch.normal(toy.target, toy.target.abs())}),
@@ -358,8 +480,14 @@ FAULTS = [
     ("depends on values", lambda toy: {"loss": torch.where(toy.data > 0)[0].float()}),
     ("depends on values", lambda toy: {"loss": toy.data.nonzero().float()}),
     ("depends on values", lambda toy: {"loss": toy.data.unique()}),
-    ("depends on values", lambda toy: {"loss": toy.data.repeat_interleave(toy.target.long().abs(), dim=1)}),
-    ("default random generator", lambda toy: {"loss": torch.rand(4, device=CPU, generator=torch.Generator())}),
+    (
+        "depends on values",
+        lambda toy: {"loss": toy.data.repeat_interleave(toy.target.long().abs(), dim=1)},
+    ),
+    (
+        "default random generator",
+        lambda toy: {"loss": torch.rand(4, device=CPU, generator=torch.Generator())},
+    ),
     ("other numbers", lambda toy: toy.target.mul_(random.random())),
     ("other numbers", lambda toy: toy.target.mul_(np.random.rand())),
     ("other numbers", count),
@@ -392,9 +520,14 @@ def test_the_guard_catches_a_planted_fault(number):
 
 
 def test_the_guard_catches_a_fault_in_an_algorithm(monkeypatch, tmp_path):
-    """TD3+BC that logs by float(), and whose target network is replaced by a copy: seen through the real `train`."""
+    """TD3+BC that logs by float(), and whose target network is replaced by a copy: seen through the
+    real `train`."""
     loss = td3_bc.critic_loss
-    monkeypatch.setattr(td3_bc, "critic_loss", lambda *args: (loss(*args)[0], torch.zeros((), device=CPU) + float(loss(*args)[1])))
+    monkeypatch.setattr(
+        td3_bc,
+        "critic_loss",
+        lambda *args: (loss(*args)[0], torch.zeros((), device=CPU) + float(loss(*args)[1])),
+    )
     with pytest.raises(AssertionError, match="waits for a value"):
         guarded_train(td3_bc, monkeypatch, tmp_path, tiny_data(40), {})
     monkeypatch.setattr(td3_bc, "critic_loss", loss)
@@ -430,10 +563,18 @@ def events(monkeypatch):
         def __enter__(self):
             events.append("record")
 
-    generator = SimpleNamespace(clone_state=lambda: "state before", graphsafe_set_state=lambda state: events.append(state))
+    generator = SimpleNamespace(
+        clone_state=lambda: "state before", graphsafe_set_state=lambda state: events.append(state)
+    )
     monkeypatch.setattr(Graph, "events", events, raising=False)
-    for name, value in dict(CUDAGraph=Graph, graph=Recording, default_generators=[generator], current_device=lambda: 0,
-                            current_stream=lambda: "stream before", set_stream=events.append).items():
+    for name, value in dict(
+        CUDAGraph=Graph,
+        graph=Recording,
+        default_generators=[generator],
+        current_device=lambda: 0,
+        current_stream=lambda: "stream before",
+        set_stream=events.append,
+    ).items():
         monkeypatch.setattr(torch.cuda, name, value)
     return events
 
@@ -452,12 +593,15 @@ def test_each_variant_warms_up_thrice_and_is_recorded_once(events):
 
 
 def test_an_update_that_cannot_be_recorded_runs_eagerly_with_one_notice(events, capsys):
-    """Every call takes effect once, in all variants; the random generator and the stream are as before the attempt."""
+    """Every call takes effect once, in all variants; the random generator and the stream are as
+    before the attempt."""
     done = []
 
     def update(flag):
         if events and events[-1] == "record":
-            raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmany more lines")
+            raise RuntimeError(
+                "CUDA error: operation not permitted when stream is capturing\nmany more lines"
+            )
         done.append(flag)
         return {"flag": flag}
 
@@ -466,10 +610,17 @@ def test_an_update_that_cannot_be_recorded_runs_eagerly_with_one_notice(events, 
     assert [recorded(flag=flag)["flag"] for flag in flags] == flags == done
     assert events == ["new", "record", "stream before", "state before"]
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("note: ") and "eagerly" in line and "not permitted" in line and "many more" not in line
+    assert (
+        line.startswith("note: ")
+        and "eagerly" in line
+        and "not permitted" in line
+        and "many more" not in line
+    )
 
 
-def small_run(out, monkeypatch, device: str = "cpu", **args) -> tuple[common.Run, torch.nn.Module, torch.optim.Optimizer, int]:
+def small_run(
+    out, monkeypatch, device: str = "cpu", **args
+) -> tuple[common.Run, torch.nn.Module, torch.optim.Optimizer, int]:
     """A Run that has begun, with one network and one optimizer."""
     torch.manual_seed(0)
     data = tiny_data()
@@ -477,13 +628,16 @@ def small_run(out, monkeypatch, device: str = "cpu", **args) -> tuple[common.Run
     monkeypatch.setattr(td3_bc, "HIDDEN", (8, 8))
     run = common.Run(td3_bc.Args(env="tiny", out=str(out), steps=10, device="cpu", **args), data)
     actor = td3_bc.Actor(data.obs_dim, data.action_dim)
-    optimizer = torch.optim.Adam(actor.parameters(), fused=True, capturable=data.device.type == "cuda")
+    optimizer = torch.optim.Adam(
+        actor.parameters(), fused=True, capturable=data.device.type == "cuda"
+    )
     return run, actor, optimizer, run.begin({"actor": actor, "optimizer": optimizer}, actor)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_a_checkpoint_of_a_cpu_is_resumed_for_the_device_at_hand(device, monkeypatch, tmp_path):
-    """On CUDA, an optimizer whose step count is on the host can't be recorded, and a checkpoint of a CPU says so."""
+    """On CUDA, an optimizer whose step count is on the host can't be recorded, and a checkpoint of
+    a CPU says so."""
     run, actor, optimizer, _ = small_run(tmp_path, monkeypatch)
     actor.net(torch.ones(2, 3)).sum().backward()
     optimizer.step()
@@ -491,8 +645,13 @@ def test_a_checkpoint_of_a_cpu_is_resumed_for_the_device_at_hand(device, monkeyp
     run.close()
     assert optimizer.state_dict()["param_groups"][0]["capturable"] is False
 
-    load = torch.load  # a checkpoint's tensors go where the data are; on this machine they stay on the CPU
-    monkeypatch.setattr(torch, "load", lambda path, map_location, **settings: load(path, map_location="cpu", **settings))
+    # a checkpoint's tensors go where the data are; on this machine they stay on the CPU
+    load = torch.load
+    monkeypatch.setattr(
+        torch,
+        "load",
+        lambda path, map_location, **settings: load(path, map_location="cpu", **settings),
+    )
     run, _, resumed, step = small_run(tmp_path, monkeypatch, device, resume=True)
     run.close()
     assert step == 7
@@ -500,11 +659,15 @@ def test_a_checkpoint_of_a_cpu_is_resumed_for_the_device_at_hand(device, monkeyp
 
 
 def test_policy_pt_holds_cpu_tensors(monkeypatch, tmp_path):
-    """Whatever the device of training, for which PyTorch's "meta" stands: the copy that is saved goes to the CPU first."""
+    """Whatever the device of training, for which PyTorch's "meta" stands: the copy that is saved
+    goes to the CPU first."""
     exported = []
     monkeypatch.setattr(td3_bc, "HIDDEN", (8, 8))
-    monkeypatch.setattr(torch.nn.Module, "cpu", lambda self: self.to_empty(device="cpu"))  # meta's have no numbers to copy
-    monkeypatch.setattr(common, "export_policy", lambda actor, obs, path: exported.append((actor, obs)))
+    # meta's have no numbers to copy
+    monkeypatch.setattr(torch.nn.Module, "cpu", lambda self: self.to_empty(device="cpu"))
+    monkeypatch.setattr(
+        common, "export_policy", lambda actor, obs, path: exported.append((actor, obs))
+    )
     data = tiny_data()
     actor = td3_bc.Actor(3, 2).to("meta")
     common.save_policy(tmp_path, "td3_bc", "td3_bc", actor, data)

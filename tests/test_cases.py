@@ -1,11 +1,11 @@
-"""Small inputs as people have them, after public questions and bug reports: a test for each, with its row number.
+"""Small inputs as people have them, after public questions and bug reports: a test for each, with
+its row number.
 
-Not tested here, and why:
-  7   Adroit door: needs gymnasium-robotics, which is not among the requirements; its parts are rows 6, 20 and 48.
-  81  going on online from an offline policy: not built; the behaviour policies' trainer starts anew.
-  84  data larger than memory: not built, and a test would need gigabytes; DESIGN.md asks for D4RL's sizes.
-Of row 75, filming has its own tests (tests/test_play.py); here a saved policy repeats the run's own return.
-"""
+Not tested here, and why: 7   Adroit door: needs gymnasium-robotics, which is not among the
+  requirements; its parts are rows 6, 20 and 48. 81  going on online from an offline policy: not
+  built; the behaviour policies' trainer starts anew. 84  data larger than memory: not built, and a
+  test would need gigabytes; DESIGN.md asks for D4RL's sizes. Of row 75, filming has its own tests
+  (tests/test_play.py); here a saved policy repeats the run's own return. """
 import copy
 import ctypes
 import dataclasses
@@ -34,31 +34,60 @@ from helpers import SMALL, SilentRun, run_of, silent_train
 from minari.data_collector import EpisodeBuffer
 
 OBS = {
-    "flat": spaces.Box(-1, 1, (3,), np.float32), "grid": spaces.Box(-1, 1, (5, 5), np.float32),
-    "dict": spaces.Dict({"goal": spaces.Box(-1, 1, (2,), np.float64), "place": spaces.Box(-1, 1, (2, 2), np.float32),
-                         "pixels": spaces.Box(0, 255, (40, 40), np.uint8), "room": spaces.Discrete(3)}),
+    "flat": spaces.Box(-1, 1, (3,), np.float32),
+    "grid": spaces.Box(-1, 1, (5, 5), np.float32),
+    "dict": spaces.Dict(
+        {
+            "goal": spaces.Box(-1, 1, (2,), np.float64),
+            "place": spaces.Box(-1, 1, (2, 2), np.float32),
+            "pixels": spaces.Box(0, 255, (40, 40), np.uint8),
+            "room": spaces.Discrete(3),
+        }
+    ),
     "tuple": spaces.Tuple((spaces.Discrete(2, start=1), spaces.Box(-1, 1, (2,), np.float32))),
-    "rooms": spaces.Discrete(4), "counts": spaces.MultiDiscrete([3, 4]), "bytes": spaces.Box(0, 255, (6,), np.uint8),
+    "rooms": spaces.Discrete(4),
+    "counts": spaces.MultiDiscrete([3, 4]),
+    "bytes": spaces.Box(0, 255, (6,), np.uint8),
     "image": spaces.Box(0, 255, (40, 40, 3), np.uint8),
-    "ordered": spaces.Dict([("z", spaces.Box(-1, 1, (2,), np.float32)), ("a", spaces.Tuple((spaces.Text(5), spaces.MultiBinary(2))))]),
+    "ordered": spaces.Dict(
+        [
+            ("z", spaces.Box(-1, 1, (2,), np.float32)),
+            ("a", spaces.Tuple((spaces.Text(5), spaces.MultiBinary(2)))),
+        ]
+    ),
 }
 ACTIONS = {
-    "box": spaces.Box(-2, 2, (2,), np.float32), "lopsided": spaces.Box(np.float32([0, -3]), np.float32([10, 1])),
-    "matrix": spaces.Box(-1, 1, (2, 2), np.float64), "whole": spaces.Box(0, 10, (2,), np.int64),
-    "free": spaces.Box(-np.inf, np.inf, (2,), np.float32), "point": spaces.Box(np.float32([0, 1]), np.float32([0, 3])),
-    "three": spaces.Discrete(3), "from -1": spaces.Discrete(3, start=-1), "from 1": spaces.Discrete(2, start=1),
-    "many": spaces.MultiDiscrete([3, 2]), "switches": spaces.MultiBinary(2),
+    "box": spaces.Box(-2, 2, (2,), np.float32),
+    "lopsided": spaces.Box(np.float32([0, -3]), np.float32([10, 1])),
+    "matrix": spaces.Box(-1, 1, (2, 2), np.float64),
+    "whole": spaces.Box(0, 10, (2,), np.int64),
+    "free": spaces.Box(-np.inf, np.inf, (2,), np.float32),
+    "point": spaces.Box(np.float32([0, 1]), np.float32([0, 3])),
+    "three": spaces.Discrete(3),
+    "from -1": spaces.Discrete(3, start=-1),
+    "from 1": spaces.Discrete(2, start=1),
+    "many": spaces.MultiDiscrete([3, 2]),
+    "switches": spaces.MultiBinary(2),
 }
 
 
 class World(gym.Env):
-    """Random observations; the reward is the gain. It asserts that an action belongs to its space."""
+    """Random observations; the reward is the gain. It asserts that an action belongs to its
+    space."""
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 10}
 
-    def __init__(self, obs="flat", action="box", gain=1.0, ends=0, fails=False, loose=False, render_mode=None):
+    def __init__(
+        self, obs="flat", action="box", gain=1.0, ends=0, fails=False, loose=False, render_mode=None
+    ):
         self.observation_space, self.action_space = copy.deepcopy(OBS[obs]), ACTIONS[action]
-        self.gain, self.ends, self.fails, self.loose, self.render_mode = gain, ends, fails, loose, render_mode
+        self.gain, self.ends, self.fails, self.loose, self.render_mode = (
+            gain,
+            ends,
+            fails,
+            loose,
+            render_mode,
+        )
 
     def observe(self):
         obs = self.observation_space.sample()
@@ -91,7 +120,8 @@ class Monitor(gym.Wrapper):
 
 @pytest.fixture(autouse=True)
 def small(tmp_path, monkeypatch, request):
-    """An empty Minari root, an empty folder, and no export of policies, unless a test is about it."""
+    """An empty Minari root, an empty folder, and no export of policies, unless a test is about
+    it."""
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
     monkeypatch.chdir(tmp_path)
     if "exports" not in request.fixturenames:
@@ -117,8 +147,17 @@ def register():
         gym.registry.pop(name, None)
 
 
-def record(name: str, env: gym.Env, episodes: int = 3, steps: int = 400, act=None, infos: bool = False, **options):
-    """A Minari set of random play, as the collector of Minari stores it (which needs jax); cut off after `steps`."""
+def record(
+    name: str,
+    env: gym.Env,
+    episodes: int = 3,
+    steps: int = 400,
+    act=None,
+    infos: bool = False,
+    **options,
+):
+    """A Minari set of random play, as the collector of Minari stores it (which needs jax); cut off
+    after `steps`."""
     env.action_space.seed(0)
     buffers = []
     for episode in range(episodes):
@@ -131,12 +170,22 @@ def record(name: str, env: gym.Env, episodes: int = 3, steps: int = 400, act=Non
             rest.append((action, *step))
             info["pressure"].append(1.0)
         action, reward, terminated, truncated = (np.array(column) for column in zip(*rest))
-        buffers.append(EpisodeBuffer(id=episode, observations=stack(env.observation_space, obs), actions=action, rewards=reward,
-                                     terminations=terminated, truncations=truncated,
-                                     infos={"pressure": np.array(info["pressure"])} if infos else {}))
+        buffers.append(
+            EpisodeBuffer(
+                id=episode,
+                observations=stack(env.observation_space, obs),
+                actions=action,
+                rewards=reward,
+                terminations=terminated,
+                truncations=truncated,
+                infos={"pressure": np.array(info["pressure"])} if infos else {},
+            )
+        )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Minari would like an author, a permalink, ...
-        return minari.create_dataset_from_buffers(name, buffers, env=env, jpeg_encoding=False, **options)
+        return minari.create_dataset_from_buffers(
+            name, buffers, env=env, jpeg_encoding=False, **options
+        )
 
 
 def stack(space, values):
@@ -144,9 +193,13 @@ def stack(space, values):
     if isinstance(space, spaces.Text):
         return values
     if isinstance(space, spaces.Dict):
-        return {key: stack(part, [value[key] for value in values]) for key, part in space.spaces.items()}
+        return {
+            key: stack(part, [value[key] for value in values]) for key, part in space.spaces.items()
+        }
     if isinstance(space, spaces.Tuple):
-        return tuple(stack(part, [value[i] for value in values]) for i, part in enumerate(space.spaces))
+        return tuple(
+            stack(part, [value[i] for value in values]) for i, part in enumerate(space.spaces)
+        )
     return np.array(values)
 
 
@@ -161,13 +214,19 @@ def edit_metadata(name: str, change) -> None:
 
 
 def columns(n=40, obs=3, action=1, every=10, seed=0) -> dict[str, np.ndarray]:
-    """D4RL's columns of a made-up process: next_obs = obs + 0.1 everywhere; `every` rows are an episode."""
+    """D4RL's columns of a made-up process: next_obs = obs + 0.1 everywhere; `every` rows are an
+    episode."""
     rng = np.random.default_rng(seed)
     start = np.repeat(rng.normal(size=(-(-n // every), obs)), every, axis=0)[:n]
     place = (start + 0.1 * (np.arange(n) % every)[:, None]).astype(np.float32)
-    return {"observations": place, "next_observations": place + np.float32(0.1),
-            "actions": rng.uniform(-1, 1, (n, action)).astype(np.float32), "rewards": rng.normal(size=n).astype(np.float32),
-            "terminals": np.zeros(n, bool), "timeouts": np.arange(n) % every == every - 1}
+    return {
+        "observations": place,
+        "next_observations": place + np.float32(0.1),
+        "actions": rng.uniform(-1, 1, (n, action)).astype(np.float32),
+        "rewards": rng.normal(size=n).astype(np.float32),
+        "terminals": np.zeros(n, bool),
+        "timeouts": np.arange(n) % every == every - 1,
+    }
 
 
 def save(path, arrays: dict) -> str:
@@ -192,7 +251,9 @@ def load(name, **options) -> common.Dataset:
 
 def said(capsys) -> list[str]:
     """The lines on stderr, without progress bars."""
-    return [line for line in capsys.readouterr().err.splitlines() if line.strip() and "%|" not in line]
+    return [
+        line for line in capsys.readouterr().err.splitlines() if line.strip() and "%|" not in line
+    ]
 
 
 def notes(capsys) -> list[str]:
@@ -216,7 +277,10 @@ def refused(capsys, call) -> str:
 def train(name: str, env, **settings) -> dict:
     """A run of a few updates in this process; its result."""
     module = importlib.import_module(name)
-    settings = dict(steps=2, eval_every=2, eval_episodes=1, final_episodes=1, device="cpu", out="runs") | settings
+    settings = (
+        dict(steps=2, eval_every=2, eval_episodes=1, final_episodes=1, device="cpu", out="runs")
+        | settings
+    )
     module.train(module.Args(env=str(env), **(SMALL.get(name, {}) | settings)))
     return json.loads((run_of(name, seed=settings.get("seed", 0)) / "result.json").read_text())
 
@@ -226,12 +290,23 @@ def train(name: str, env, **settings) -> dict:
 
 def test_a_log_without_an_environment(capsys):
     """Row 1: own experiment as a Minari set without env."""
-    buffer = EpisodeBuffer(observations=np.zeros((6, 3), np.float32), actions=np.zeros((5, 2), np.float32),
-                           rewards=np.ones(5), terminations=np.zeros(5, bool), truncations=np.arange(5) == 4, infos={})
+    buffer = EpisodeBuffer(
+        observations=np.zeros((6, 3), np.float32),
+        actions=np.zeros((5, 2), np.float32),
+        rewards=np.ones(5),
+        terminations=np.zeros(5, bool),
+        truncations=np.arange(5) == 4,
+        infos={},
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        minari.create_dataset_from_buffers("robot/logged-v0", [buffer], env=None, observation_space=OBS["flat"],
-                                           action_space=ACTIONS["box"])
+        minari.create_dataset_from_buffers(
+            "robot/logged-v0",
+            [buffer],
+            env=None,
+            observation_space=OBS["flat"],
+            action_space=ACTIONS["box"],
+        )
     data = load("robot/logged-v0")
     assert data.env_spec is None and data.action_half.tolist() == [2, 2]
     assert "no environment is known" in notes(capsys)[0]
@@ -254,11 +329,15 @@ def test_a_share_of_the_episodes_is_held_out(capsys):
 
 
 def test_an_environment_of_ones_own(register, capsys):
-    """Row 4: the recorded specification is enough, though this process never registered it; else it names the module."""
+    """Row 4: the recorded specification is enough, though this process never registered it; else it
+    names the module."""
     record("my/thing-v0", register("Thing-v0", gain=3.0))
     del gym.registry["Thing-v0"]
     data = load("my/thing-v0")
-    assert common.evaluate(lambda obs: torch.zeros(len(obs), 2), data.env_spec, 2).tolist() == [18, 18]
+    assert common.evaluate(lambda obs: torch.zeros(len(obs), 2), data.env_spec, 2).tolist() == [
+        18,
+        18,
+    ]
     assert not notes(capsys)
     edit_metadata("my/thing-v0", lambda meta, spec: spec.update(entry_point="plain_env:Thing"))
     assert load("my/thing-v0").env_spec is None
@@ -268,7 +347,10 @@ def test_an_environment_of_ones_own(register, capsys):
 def test_a_package_that_is_not_installed(register, capsys):
     """Row 6: named in one line, also from the copy of the columns; training goes on."""
     record("D4RL/door-v0", register("Door-v0"))
-    edit_metadata("D4RL/door-v0", lambda meta, spec: spec.update(entry_point="gymnasium_robotics.envs:DoorEnv"))
+    edit_metadata(
+        "D4RL/door-v0",
+        lambda meta, spec: spec.update(entry_point="gymnasium_robotics.envs:DoorEnv"),
+    )
     for _ in range(2):
         assert load("D4RL/door-v0").env_spec is None
         (line,) = notes(capsys)
@@ -278,19 +360,37 @@ def test_a_package_that_is_not_installed(register, capsys):
 def test_a_wrapper_that_cannot_be_rebuilt(register, capsys):
     """Row 8: left out with a notice; what only films is left out without."""
     record("my/monitor-v0", register("Monitored-v0"))
-    wrappers = [{"name": "Monitor", "entry_point": "stable_baselines3.common.monitor:Monitor", "kwargs": None},
-                {"name": "RecordVideo", "entry_point": "gymnasium.wrappers.rendering:RecordVideo", "kwargs": {"video_folder": "x"}}]
+    wrappers = [
+        {
+            "name": "Monitor",
+            "entry_point": "stable_baselines3.common.monitor:Monitor",
+            "kwargs": None,
+        },
+        {
+            "name": "RecordVideo",
+            "entry_point": "gymnasium.wrappers.rendering:RecordVideo",
+            "kwargs": {"video_folder": "x"},
+        },
+    ]
     edit_metadata("my/monitor-v0", lambda meta, spec: spec.update(additional_wrappers=wrappers))
     data = load("my/monitor-v0")
     (line,) = notes(capsys)
-    assert "Monitor" in line and common.evaluate(lambda obs: torch.zeros(len(obs), 2), data.env_spec, 1) == [6]
+    assert "Monitor" in line and common.evaluate(
+        lambda obs: torch.zeros(len(obs), 2), data.env_spec, 1
+    ) == [6]
 
 
 def test_a_wrapper_that_counts(register, capsys):
     """NormalizeObservation and NormalizeReward begin without statistics: a line says so."""
-    record("my/normal-v0", gym.wrappers.NormalizeReward(gym.wrappers.NormalizeObservation(register("Normal-v0"))))
+    record(
+        "my/normal-v0",
+        gym.wrappers.NormalizeReward(gym.wrappers.NormalizeObservation(register("Normal-v0"))),
+    )
     assert load("my/normal-v0").env_spec
-    assert [line.split()[1] for line in notes(capsys)] == ["NormalizeObservation", "NormalizeReward"]
+    assert [line.split()[1] for line in notes(capsys)] == [
+        "NormalizeObservation",
+        "NormalizeReward",
+    ]
 
 
 def test_the_recorded_time_limit(register):
@@ -317,7 +417,10 @@ def test_an_evaluation_environment_of_its_own(register):
     env = register("Train-v0", gain=1.0)
     record("my/custom-eval-v0", env, eval_env=register("Eval-v0", gain=-1.0))
     data = load("my/custom-eval-v0")
-    assert common.env_id(data.env_spec) == "Eval-v0" and json.loads(data.env_spec)["kwargs"]["gain"] == -1
+    assert (
+        common.env_id(data.env_spec) == "Eval-v0"
+        and json.loads(data.env_spec)["kwargs"]["gain"] == -1
+    )
 
 
 def test_a_recorded_render_mode(register):
@@ -355,7 +458,8 @@ def test_an_evaluation_that_never_ends(register, capsys):
     record("my/endless-v0", register("Endless-v0", max_episode_steps=None), episodes=2, steps=9)
     assert train("bc", "my/endless-v0", final_episodes=2)["final_returns"] == [9, 9]
     assert "has no time limit" in capsys.readouterr().err
-    env_spec = torch.load(run_of("bc") / "policy.pt", weights_only=True)["env_spec"]  # for whoever plays it later
+    # for whoever plays it later
+    env_spec = torch.load(run_of("bc") / "policy.pt", weights_only=True)["env_spec"]
     assert common.evaluate(lambda obs: torch.zeros(len(obs), 2), env_spec, 1) == [9]
 
 
@@ -363,20 +467,33 @@ def test_a_simulator_that_fails(register, capsys):
     """Row 74: the checkpoint is there already, and the run can go on without evaluation."""
     record("my/fails-v0", register("Fails-v0", fails=True), steps=4)
     line = refused(capsys, lambda: train("bc", "my/fails-v0"))
-    assert "the simulator is gone" in line and "Fails-v0" in line and "--eval-episodes 0 --final-episodes 0" in line
+    assert (
+        "the simulator is gone" in line
+        and "Fails-v0" in line
+        and "--eval-episodes 0 --final-episodes 0" in line
+    )
     assert torch.load(run_of("bc") / "checkpoint.pt", weights_only=True)["step"] == 2
     again = train("bc", "my/fails-v0", resume=True, eval_episodes=0, final_episodes=0)
     assert again["final_returns"] == [] and [point["step"] for point in again["curve"]] == [2]
     assert again["score"] is None
 
 
-@pytest.mark.parametrize("trouble, line", [(dict(fails=True), "the simulator is gone"), (dict(gain=float("nan")), "the reward nan")])
+@pytest.mark.parametrize(
+    "trouble, line",
+    [(dict(fails=True), "the simulator is gone"), (dict(gain=float("nan")), "the reward nan")],
+)
 def test_a_simulator_that_fails_with_data_from_a_file(register, capsys, trouble, line):
-    """What the message advises works where the environment also says what an action is; a reward of NaN is no result."""
+    """What the message advises works where the environment also says what an action is; a reward of
+    NaN is no result."""
     register("Trouble-v0", **trouble)
     path = save("log.npz", columns(action=2))
     assert line in refused(capsys, lambda: train("td3_bc", path, eval_env="Trouble-v0"))
-    assert train("td3_bc", path, eval_env="Trouble-v0", resume=True, eval_episodes=0, final_episodes=0)["final_returns"] == []
+    assert (
+        train(
+            "td3_bc", path, eval_env="Trouble-v0", resume=True, eval_episodes=0, final_episodes=0
+        )["final_returns"]
+        == []
+    )
 
 
 def test_a_simulator_that_fails_while_policies_are_judged(register, capsys):
@@ -384,7 +501,14 @@ def test_a_simulator_that_fails_while_policies_are_judged(register, capsys):
     register("Trouble-v0", fails=True)
     path = save("log.npz", columns(action=2))
     train("bc", path, eval_env="Trouble-v0", eval_episodes=0, final_episodes=0)
-    args = fqe.Args(env=path, policies=(str(run_of("bc")),), steps=1, device="cpu", out="runs", eval_env="Trouble-v0")
+    args = fqe.Args(
+        env=path,
+        policies=(str(run_of("bc")),),
+        steps=1,
+        device="cpu",
+        out="runs",
+        eval_env="Trouble-v0",
+    )
     for content in ("null", '{"final_returns": [null]}', '{"final_returns": 3}'):  # then it plays
         (run_of("bc") / "result.json").write_text(content)
         line = refused(capsys, lambda: fqe.train(args))
@@ -392,7 +516,8 @@ def test_a_simulator_that_fails_while_policies_are_judged(register, capsys):
 
 
 def test_another_environment_to_evaluate_in(register, capsys):
-    """Rows 1 and 48: --eval-env names one, none means none; what does not fit or exist is refused."""
+    """Rows 1 and 48: --eval-env names one, none means none; what does not fit or exist is
+    refused."""
     path = save("myrobot.npz", columns(action=2))
     register("Mine-v0")
     assert common.env_id(load(path, eval_env="Mine-v0").env_spec) == "Mine-v0"
@@ -406,14 +531,27 @@ def test_another_environment_to_evaluate_in(register, capsys):
 # ---- spaces
 
 
-@pytest.mark.parametrize("obs, size", [("grid", 25), ("dict", 2 + 4 + 1600 + 3), ("tuple", 4), ("rooms", 4), ("counts", 7),
-                                       ("bytes", 6), ("ordered", 9)])
+@pytest.mark.parametrize(
+    "obs, size",
+    [
+        ("grid", 25),
+        ("dict", 2 + 4 + 1600 + 3),
+        ("tuple", 4),
+        ("rooms", 4),
+        ("counts", 7),
+        ("bytes", 6),
+        ("ordered", 9),
+    ],
+)
 def test_observations_are_flattened_alike_in_loading_and_in_evaluation(register, obs, size):
-    """Rows 20, 22 and 32: Dict, Tuple, matrices, counts; a Dict in the environment's order, which Minari forgets. The first observations of the data are seen again in evaluation."""
+    """Rows 20, 22 and 32: Dict, Tuple, matrices, counts; a Dict in the environment's order, which
+    Minari forgets. The first observations of the data are seen again in evaluation."""
     record("my/spaces-v0", register("Spaces-v0", obs=obs), act=lambda: np.zeros(2, np.float32))
     data, seen = load("my/spaces-v0"), []
     assert data.obs.shape == (18, size) and data.obs.dtype == torch.float32
-    common.evaluate(lambda obs: seen.append(obs.clone()) or torch.zeros(len(obs), 2), data.env_spec, 3)
+    common.evaluate(
+        lambda obs: seen.append(obs.clone()) or torch.zeros(len(obs), 2), data.env_spec, 3
+    )
     torch.testing.assert_close(torch.stack(seen).transpose(0, 1).reshape(18, size), data.obs)
 
 
@@ -436,7 +574,9 @@ def test_an_environment_that_is_careless_about_types(register):
 def test_images_are_refused_early_where_the_network_cannot_take_them(register, capsys):
     """DESIGN.md, "Spaces": named with the files that take them; in those they stay bytes."""
     record("my/image-v0", register("Image-v0", obs="image", action="three"), steps=2)
-    assert "dqn.py and rem.py take images" in refused(capsys, lambda: load("my/image-v0", discrete=True))
+    assert "dqn.py and rem.py take images" in refused(
+        capsys, lambda: load("my/image-v0", discrete=True)
+    )
     data = load("my/image-v0", discrete=True, images=True)
     assert data.obs.shape == (6, 40, 40, 3) and data.obs.dtype == torch.uint8
 
@@ -469,7 +609,8 @@ def test_actions_without_bounds(register, capsys):
 
 @pytest.mark.parametrize("action", ["lopsided", "matrix", "whole", "point"])
 def test_odd_bounds(register, action):
-    """Rows 31 and 32: lopsided ones, equal ones, whole numbers, matrices; the environment asserts that what is played fits."""
+    """Rows 31 and 32: lopsided ones, equal ones, whole numbers, matrices; the environment asserts
+    that what is played fits."""
     record("my/asym-v0", register("Asym-v0", action=action))
     data = load("my/asym-v0")
     assert data.action.abs().max() <= 1 and data.action_dim == np.prod(ACTIONS[action].shape)
@@ -517,12 +658,17 @@ def test_recorded_actions_beyond_the_bounds(capsys):
 def test_a_file_without_timeouts(capsys):
     """Row 40: cut at the time limit of the environment, and where next_observations break."""
     arrays = columns(1000, every=200)
-    for missing in ((), ("timeouts",), ("timeouts", "next_observations")):  # not one of maze2d's timeouts is true
-        data = load(save("pendulum.hdf5", without(arrays | {"timeouts": np.zeros(1000, bool)}, *missing)))
+    # not one of maze2d's timeouts is true
+    for missing in ((), ("timeouts",), ("timeouts", "next_observations")):
+        data = load(
+            save("pendulum.hdf5", without(arrays | {"timeouts": np.zeros(1000, bool)}, *missing))
+        )
         assert len(data.returns()) == 5 and "no timeouts" in notes(capsys)[0]
         index = data.episodes()[1] - 1
-        torch.testing.assert_close(data.next_obs[index], data.obs[index] + 0.1)  # not the next episode's first state
-    data = load(save("unknown.npz", without(columns(100), "timeouts")))  # 10 episodes of a process without a limit
+        # not the next episode's first state
+        torch.testing.assert_close(data.next_obs[index], data.obs[index] + 0.1)
+    # 10 episodes of a process without a limit
+    data = load(save("unknown.npz", without(columns(100), "timeouts")))
     assert len(data.returns()) == 10
     data = load(save("unknown.npz", without(columns(100), "timeouts", "next_observations")))
     assert "counts as one episode" in capsys.readouterr().err and len(data.returns()) == 1
@@ -530,7 +676,11 @@ def test_a_file_without_timeouts(capsys):
 
 def test_number_types_and_further_columns():
     """Row 46."""
-    arrays = columns() | {"infos/qpos": np.zeros((40, 2)), "infos/goal": np.zeros(40), "metadata/algorithm": np.zeros(1)}
+    arrays = columns() | {
+        "infos/qpos": np.zeros((40, 2)),
+        "infos/goal": np.zeros(40),
+        "metadata/algorithm": np.zeros(1),
+    }
     plain = load(save("pendulum.hdf5", columns()))
     data = load(save("pendulum.hdf5", arrays | {"terminals": arrays["terminals"].astype(np.uint8),
                                                 "timeouts": arrays["timeouts"].astype(np.float64),
@@ -541,9 +691,17 @@ def test_number_types_and_further_columns():
 
 def test_columns_of_shape_n_1():
     """Row 47: flattened, in linear memory (30,000 rows squared would be 900 MB)."""
-    for arrays in (columns(), without(columns(), "next_observations"), without(columns(30_000), "next_observations", "timeouts")):
+    for arrays in (
+        columns(),
+        without(columns(), "next_observations"),
+        without(columns(30_000), "next_observations", "timeouts"),
+    ):
         flat = load(save("log.npz", arrays))
-        tall = {key: arrays[key].reshape(-1, 1) for key in ("rewards", "terminals", "timeouts") if key in arrays}
+        tall = {
+            key: arrays[key].reshape(-1, 1)
+            for key in ("rewards", "terminals", "timeouts")
+            if key in arrays
+        }
         data = load(save("log.npz", arrays | tall))
         assert all(torch.equal(getattr(data, key), getattr(flat, key)) for key in common.COLUMNS)
 
@@ -579,9 +737,19 @@ def test_sets_that_were_combined_and_sets_that_grew(register):
         minari.combine_datasets([one, two], "my/both-v0")
         data = load("my/both-v0")
         assert data.size == 24 and data.score([1.0]) is None
-        one.storage.update_episodes([EpisodeBuffer(
-            id=3, observations=np.zeros((3, 3), np.float32), actions=np.zeros((2, 2), np.float32), rewards=np.ones(2),
-            terminations=np.zeros(2, bool), truncations=np.arange(2) == 1, infos={})])
+        one.storage.update_episodes(
+            [
+                EpisodeBuffer(
+                    id=3,
+                    observations=np.zeros((3, 3), np.float32),
+                    actions=np.zeros((2, 2), np.float32),
+                    rewards=np.ones(2),
+                    terminations=np.zeros(2, bool),
+                    truncations=np.arange(2) == 1,
+                    infos={},
+                )
+            ]
+        )
     del gym.registry["Parts-v0"]
     assert load("my/one-v0").size == 17
 
@@ -591,12 +759,19 @@ def test_sets_that_were_combined_and_sets_that_grew(register):
 
 def test_keys_that_a_file_lacks(capsys):
     """Row 44: d3rlpy's dump; the keys that were looked for, and those that are there."""
-    path = save("pendulum-d3rlpy2.hdf5", {"observations_0": np.zeros((4, 3)), "actions_0": np.zeros((4, 1))})
+    path = save(
+        "pendulum-d3rlpy2.hdf5", {"observations_0": np.zeros((4, 3)), "actions_0": np.zeros((4, 1))}
+    )
     line = refused(capsys, lambda: load(path))
-    assert "looked for observations, actions, rewards, terminals" in line and "observations_0" in line
+    assert (
+        "looked for observations, actions, rewards, terminals" in line and "observations_0" in line
+    )
 
 
-@pytest.mark.parametrize("name", ["maze2d-umaze-v1", "antmaze-umaze-v2", "door-human-v1", "myrobot", "antenna", "ant-medium-v2"])
+@pytest.mark.parametrize(
+    "name",
+    ["maze2d-umaze-v1", "antmaze-umaze-v2", "door-human-v1", "myrobot", "antenna", "ant-medium-v2"],
+)
 def test_names_of_other_bodies(name, capsys):
     """Row 48: without their environment they train, and one line says that nothing is evaluated."""
     data = load(save(f"{name}.hdf5", columns(obs=5)))
@@ -610,19 +785,33 @@ def test_names_of_other_bodies(name, capsys):
 def test_names_that_are_none(name, capsys):
     """Row 49: the nearest ones, without asking a network."""
     line = refused(capsys, lambda: load(name))
-    assert line.startswith(f"error: unknown dataset '{name}'; near are ") and (name == "two words" or "hopper-" in line)
+    assert line.startswith(f"error: unknown dataset '{name}'; near are ") and (
+        name == "two words" or "hopper-" in line
+    )
 
 
 def test_data_from_a_table():
     """Row 51: a CSV's columns, of episodes with a final row each, through plain arrays."""
     table = "episode,place,speed,valve,reward\n" + "".join(
-        f"{episode},{0.1 * step},{episode},{step % 2},{step}\n" for episode in range(4) for step in range(6))
+        f"{episode},{0.1 * step},{episode},{step % 2},{step}\n"
+        for episode in range(4)
+        for step in range(6)
+    )
     rows = np.genfromtxt(table.splitlines(), delimiter=",", names=True)
-    last = np.append(rows["episode"][1:] != rows["episode"][:-1], True)  # the final state, with no action
+    # the final state, with no action
+    last = np.append(rows["episode"][1:] != rows["episode"][:-1], True)
     obs = np.stack([rows["place"], rows["speed"]], axis=1)
-    save("table.npz", {"observations": obs[~last], "next_observations": obs[1:][~last[:-1]], "actions": rows["valve"][~last].astype(int),
-                       "rewards": rows["reward"][~last], "terminals": np.zeros((~last).sum()),
-                       "timeouts": np.append(last[1:], True)[~last]})
+    save(
+        "table.npz",
+        {
+            "observations": obs[~last],
+            "next_observations": obs[1:][~last[:-1]],
+            "actions": rows["valve"][~last].astype(int),
+            "rewards": rows["reward"][~last],
+            "terminals": np.zeros((~last).sum()),
+            "timeouts": np.append(last[1:], True)[~last],
+        },
+    )
     data = load("table.npz", discrete=True)
     assert data.size == 20 and data.num_actions == 2 and data.returns().tolist() == [10] * 4
     assert silent_dqn_moves(data)
@@ -650,7 +839,11 @@ def test_paths_that_do_not(tmp_path, capsys):
         (tmp_path / "runs" / "log").mkdir(parents=True, exist_ok=True)
         assert "a file must be .hdf5, .h5 or .npz" in refused(capsys, lambda name=name: load(name))
     whole = open(save("whole.hdf5", columns()), "rb").read()
-    for name, content in (("half.hdf5", whole[:3000]), ("empty.h5", b""), ("text.npz", b"some text")):
+    for name, content in (
+        ("half.hdf5", whole[:3000]),
+        ("empty.h5", b""),
+        ("text.npz", b"some text"),
+    ):
         (tmp_path / name).write_bytes(content)
         assert "can't read" in refused(capsys, lambda name=name: load(name))
 
@@ -668,7 +861,10 @@ def test_a_remote_set_that_cannot_be_had(capsys, monkeypatch):
 
     monkeypatch.setattr(minari, "download_dataset", download)
     line = refused(capsys, lambda: load("mujoco/hopper/expertt-v0"))
-    assert "could not be downloaded (ConnectionError: Name or service not known)" in line and "hopper-expert" in line
+    assert (
+        "could not be downloaded (ConnectionError: Name or service not known)" in line
+        and "hopper-expert" in line
+    )
 
 
 @pytest.mark.parametrize("lengths", [(1, 1, 1, 1), (1,)])
@@ -681,7 +877,8 @@ def test_episodes_of_length_1(lengths):
 
 
 def test_huge_numbers(capsys):
-    """Row 60: what float32 can hold is trained on; what it can't is named, without a warning of numpy's."""
+    """Row 60: what float32 can hold is trained on; what it can't is named, without a warning of
+    numpy's."""
     arrays = columns()
     arrays["observations"][:, 0] = 1.7e9
     assert load(save("clock.npz", arrays)).obs[0, 0] == 1.7e9
@@ -691,8 +888,12 @@ def test_huge_numbers(capsys):
             arrays = columns()
             arrays[key] = arrays[key].astype(np.float64)
             arrays[key][7] = size
-            assert "the first are [7]" in refused(capsys, lambda arrays=arrays: load(save("huge.npz", arrays)))
-    result = train("td3_bc", save("large.npz", columns() | {"rewards": np.full(40, 1e12)}), eval_env="none")
+            assert "the first are [7]" in refused(
+                capsys, lambda arrays=arrays: load(save("huge.npz", arrays))
+            )
+    result = train(
+        "td3_bc", save("large.npz", columns() | {"rewards": np.full(40, 1e12)}), eval_env="none"
+    )
     assert np.isfinite(result["curve"][0]["metrics"]["critic_loss"])
     save("large.npz", columns() | {"rewards": np.full(40, 1e30)})
     assert "critic_loss is inf by step 2; nothing was saved yet" in refused(
@@ -705,15 +906,21 @@ CONTINUOUS = [path.stem for path in sorted((ROOT / "algorithms").glob("*.py")) i
 
 @pytest.mark.parametrize("name", CONTINUOUS)
 def test_actions_at_the_bounds_and_columns_that_never_change(name, monkeypatch):
-    """Rows 39, 62 and 63: no atanh of 1, no division by a standard deviation of 0. (The model-based files and the Decision
-    Transformer are in their own tests.)"""
+    """Rows 39, 62 and 63: no atanh of 1, no division by a standard deviation of 0. (The model-based
+    files and the Decision Transformer are in their own tests.)"""
     module = importlib.import_module(name)
     for actions in (2.0, 0.0):
-        arrays = columns() | {"observations": np.ones((40, 3)), "next_observations": np.ones((40, 3)), "rewards": np.ones(40),
-                              "actions": np.full((40, 1), actions)}
+        arrays = columns() | {
+            "observations": np.ones((40, 3)),
+            "next_observations": np.ones((40, 3)),
+            "rewards": np.ones(40),
+            "actions": np.full((40, 1), actions),
+        }
         arrays["actions"][::2] *= -1
         data = load(save("pendulum-constant.hdf5", arrays))
-        settings = {key: value for key, value in SMALL.get(name, {}).items() if not key.endswith("steps")}
+        settings = {
+            key: value for key, value in SMALL.get(name, {}).items() if not key.endswith("steps")
+        }
         stages = {key: 1 for key in SMALL.get(name, {}) if key.endswith("steps")}
         monkeypatch.setattr(SilentRun, "stop", False, raising=False)
         last = silent_train(monkeypatch, module, data, steps=3, **settings, **stages)
@@ -725,23 +932,46 @@ def test_actions_at_the_bounds_and_columns_that_never_change(name, monkeypatch):
 # ---- kinds beyond the table
 
 
-@pytest.mark.parametrize("key, values, line", [
-    ("rewards", np.array(["1"] * 40), "must be an array of real numbers"), ("terminals", np.array([b"False"] * 40), "must be an array of real numbers"),
-    ("actions", np.array([np.zeros(3), None], object), "must be an array of real numbers"), ("rewards", np.float32(1), "differ in length"),
-    ("terminals", np.full(40, np.nan), "terminals must be 0 or 1, found [nan]"), ("timeouts", np.array([-1, 1] * 20), "must be 0 or 1"),
-    ("next_observations", np.zeros((40, 2)), "observations have shape (40, 3), next_observations (40, 2)"),
-    ("actions", np.append(np.zeros(39), 1e300), "in action that are not finite in float32, in 1 transitions, the first are [39]"),
-])
+@pytest.mark.parametrize(
+    "key, values, line",
+    [
+        ("rewards", np.array(["1"] * 40), "must be an array of real numbers"),
+        ("terminals", np.array([b"False"] * 40), "must be an array of real numbers"),
+        ("actions", np.array([np.zeros(3), None], object), "must be an array of real numbers"),
+        ("rewards", np.float32(1), "differ in length"),
+        ("terminals", np.full(40, np.nan), "terminals must be 0 or 1, found [nan]"),
+        ("timeouts", np.array([-1, 1] * 20), "must be 0 or 1"),
+        (
+            "next_observations",
+            np.zeros((40, 2)),
+            "observations have shape (40, 3), next_observations (40, 2)",
+        ),
+        (
+            "actions",
+            np.append(np.zeros(39), 1e300),
+            "in action that are not finite in float32, in 1 transitions, the first are [39]",
+        ),
+    ],
+)
 def test_columns_that_are_something_else(capsys, key, values, line):
-    """The text "False" is true, NaN is true, one number is every row's, 1e300 is infinite: all would train."""
-    assert line in refused(capsys, lambda: load(save("log.npz", columns() | {key: values}), discrete=None))
+    """The text "False" is true, NaN is true, one number is every row's, 1e300 is infinite: all
+    would train."""
+    assert line in refused(
+        capsys, lambda: load(save("log.npz", columns() | {key: values}), discrete=None)
+    )
 
 
-@pytest.mark.parametrize("change, line", [
-    (dict(actions=np.zeros((40, 0))), "actions has shape (40, 0), so it holds no numbers"),
-    (dict(actions=np.full(40, 10**9)), "has the action 1000000000; actions are numbers from 0"),
-    (dict(observations=np.zeros((40, 3), np.uint8)), "observations are uint8, next_observations float32"),
-])
+@pytest.mark.parametrize(
+    "change, line",
+    [
+        (dict(actions=np.zeros((40, 0))), "actions has shape (40, 0), so it holds no numbers"),
+        (dict(actions=np.full(40, 10**9)), "has the action 1000000000; actions are numbers from 0"),
+        (
+            dict(observations=np.zeros((40, 3), np.uint8)),
+            "observations are uint8, next_observations float32",
+        ),
+    ],
+)
 def test_numbers_that_are_not_meant(capsys, change, line):
     """No action at all; ids of items in place of numbers from 0; bytes beside fractions of 255."""
     assert line in refused(capsys, lambda: load(save("log.npz", columns() | change), discrete=None))
@@ -751,7 +981,9 @@ def test_a_file_of_a_minari_set_and_keys_without_end(register, capsys):
     record("my/set-v0", register("Set-v0"))
     path = minari.storage.get_dataset_path("my/set-v0") / "data" / "main_data.hdf5"
     assert "a part of a Minari dataset" in refused(capsys, lambda: load(path))
-    line = refused(capsys, lambda: load(save("log.npz", {f"key{i}": np.zeros(1) for i in range(99)})))
+    line = refused(
+        capsys, lambda: load(save("log.npz", {f"key{i}": np.zeros(1) for i in range(99)}))
+    )
     assert line.endswith("and others") and len(line) < 400
 
 
@@ -767,14 +999,23 @@ def test_a_minari_set_without_a_space(register, capsys):
     record("my/bare-v0", register("Bare-v0"))
     path = minari.storage.get_dataset_path("my/bare-v0") / "data" / "metadata.json"
     meta = json.loads(path.read_text())
-    path.write_text(json.dumps({key: value for key, value in meta.items() if key not in ("env_spec", "action_space")}))
-    assert "my/bare-v0 has no observation_space or no action_space" in refused(capsys, lambda: load("my/bare-v0"))
+    path.write_text(
+        json.dumps(
+            {key: value for key, value in meta.items() if key not in ("env_spec", "action_space")}
+        )
+    )
+    assert "my/bare-v0 has no observation_space or no action_space" in refused(
+        capsys, lambda: load("my/bare-v0")
+    )
 
 
 def test_files_that_are_something_else(capsys):
-    """Parts in a group; a pickle, and an HDF5 file, under another name: not the advice to allow pickles."""
+    """Parts in a group; a pickle, and an HDF5 file, under another name: not the advice to allow
+    pickles."""
     arrays = columns()
-    path = save("dict.h5", without(arrays, "observations") | {"observations/place": arrays["observations"]})
+    path = save(
+        "dict.h5", without(arrays, "observations") | {"observations/place": arrays["observations"]}
+    )
     assert "observations must be an array of real numbers" in refused(capsys, lambda: load(path))
     os.rename(save("log.h5", arrays), "log.npz")
     line = refused(capsys, lambda: load("log.npz"))
@@ -794,20 +1035,35 @@ def test_further_number_types(dtype):
 
 def test_a_dump_of_d3rlpy_1():
     """episode_terminals marks every end, terminals those of the task."""
-    arrays = without(columns(), "timeouts", "next_observations") | {"episode_terminals": np.arange(40) % 10 == 9, "version": "1.0"}
+    arrays = without(columns(), "timeouts", "next_observations") | {
+        "episode_terminals": np.arange(40) % 10 == 9,
+        "version": "1.0",
+    }
     arrays["terminals"] = np.arange(40) == 19
     data = load(save("d3rlpy.h5", arrays))
-    assert len(data.returns()) == 4 and data.truncated.sum() == 3 and data.terminated.nonzero().tolist() == [[18]]
+    assert (
+        len(data.returns()) == 4
+        and data.truncated.sum() == 3
+        and data.terminated.nonzero().tolist() == [[18]]
+    )
 
 
 def test_terminals_that_mark_the_clock(capsys):
-    """`done` of older programs, with and without timeouts: a line, as Q would learn that nothing follows. Else there is none."""
+    """`done` of older programs, with and without timeouts: a line, as Q would learn that nothing
+    follows. Else there is none."""
     arrays = columns(400, every=200)
     clock = arrays["timeouts"].copy()
-    for given in (arrays | {"terminals": clock}, without(arrays, "timeouts") | {"terminals": clock}):
+    for given in (
+        arrays | {"terminals": clock},
+        without(arrays, "timeouts") | {"terminals": clock},
+    ):
         load(save("pendulum.npz", given))
         assert "every timeout of pendulum.npz is a terminal too" in notes(capsys)[-1]
-    for given in (arrays, arrays | {"terminals": np.arange(400) == 20}, without(arrays, "timeouts")):
+    for given in (
+        arrays,
+        arrays | {"terminals": np.arange(400) == 20},
+        without(arrays, "timeouts"),
+    ):
         load(save("pendulum.npz", given))
         assert not any("every timeout" in line for line in notes(capsys))
 
@@ -818,59 +1074,91 @@ def test_bounds_that_are_the_largest_number(register, capsys, monkeypatch):
     monkeypatch.setitem(ACTIONS, "most", spaces.Box(-most, most, (2,), np.float32))
     register("Most-v0", action="most")
     data = load(save("log.npz", columns(action=2)), eval_env="Most-v0")
-    assert "no finite action bounds" in notes(capsys)[0] and data.action.min() == -1 and data.action.max() == 1
+    assert (
+        "no finite action bounds" in notes(capsys)[0]
+        and data.action.min() == -1
+        and data.action.max() == 1
+    )
 
 
 def test_an_environment_with_other_bounds_than_the_data(register, capsys):
-    """Actions are played as recorded; normalised ones would be too small, so a line says what either has."""
+    """Actions are played as recorded; normalised ones would be too small, so a line says what
+    either has."""
     record("my/wide-v0", register("Wide-v0"))
     register("Narrow-v0", action="lopsided")
     assert load("my/wide-v0").env_spec and not notes(capsys)
     load("my/wide-v0", eval_env="Narrow-v0")
     (line,) = notes(capsys)
-    assert "my/wide-v0 has actions Box(-2.0, 2.0" in line and "Narrow-v0 takes Box([ 0. -3.]" in line
+    assert (
+        "my/wide-v0 has actions Box(-2.0, 2.0" in line and "Narrow-v0 takes Box([ 0. -3.]" in line
+    )
 
 
 def test_episodes_without_a_step_and_with_other_actions(register, capsys):
     """A recording stopped right after a reset has nothing; an action too many is named."""
     record("my/odd-v0", register("Odd-v0"), episodes=4)
-    with h5py.File(minari.storage.get_dataset_path("my/odd-v0") / "data" / "main_data.hdf5", "a") as file:
-        for key, array in {key: file["episode_3"][key][:0] for key in ("actions", "rewards", "terminations", "truncations")}.items():
+    with h5py.File(
+        minari.storage.get_dataset_path("my/odd-v0") / "data" / "main_data.hdf5", "a"
+    ) as file:
+        for key, array in {
+            key: file["episode_3"][key][:0]
+            for key in ("actions", "rewards", "terminations", "truncations")
+        }.items():
             del file["episode_3"][key]
             file["episode_3"][key] = array
         del file["episode_1"]["actions"]
         file["episode_1"]["actions"] = np.zeros((7, 2))
     assert load("my/odd-v0").size == 12
     (line,) = notes(capsys)
-    assert "episode 1 of my/odd-v0 is left out: it has 7 observations and 7 actions for 6 steps" in line
+    assert (
+        "episode 1 of my/odd-v0 is left out: it has 7 observations and 7 actions for 6 steps"
+        in line
+    )
 
 
-@pytest.mark.parametrize("key, value, line", [
-    ("terminations", np.nan, "must be 0 or 1"), ("truncations", 2.0, "must be 0 or 1"), ("rewards", 1 + 2j, "must be real numbers")])
+@pytest.mark.parametrize(
+    "key, value, line",
+    [
+        ("terminations", np.nan, "must be 0 or 1"),
+        ("truncations", 2.0, "must be 0 or 1"),
+        ("rewards", 1 + 2j, "must be real numbers"),
+    ],
+)
 def test_columns_of_a_minari_set_that_are_something_else(register, capsys, key, value, line):
-    """As in a file. NaN would count as an end, and of a complex reward half would be dropped, in silence."""
+    """As in a file. NaN would count as an end, and of a complex reward half would be dropped, in
+    silence."""
     record("my/strange-v0", register("Strange-v0"))
-    with h5py.File(minari.storage.get_dataset_path("my/strange-v0") / "data" / "main_data.hdf5", "a") as file:
+    with h5py.File(
+        minari.storage.get_dataset_path("my/strange-v0") / "data" / "main_data.hdf5", "a"
+    ) as file:
         del file["episode_1"][key]
         file["episode_1"][key] = np.full(6, value)
-    assert f"episode 1 of my/strange-v0: {key} {line}" in refused(capsys, lambda: load("my/strange-v0"))
+    assert f"episode 1 of my/strange-v0: {key} {line}" in refused(
+        capsys, lambda: load("my/strange-v0")
+    )
 
 
 def test_rewards_that_were_changed_after_a_first_run(register):
     """In the file itself, which no metadata tell: the kept columns are old then."""
     record("my/relabelled-v0", register("Relabelled-v0"))
     assert load("my/relabelled-v0").returns().tolist() == [6, 6, 6]
-    with h5py.File(minari.storage.get_dataset_path("my/relabelled-v0") / "data" / "main_data.hdf5", "a") as file:
+    with h5py.File(
+        minari.storage.get_dataset_path("my/relabelled-v0") / "data" / "main_data.hdf5", "a"
+    ) as file:
         for episode in file.values():
             episode["rewards"][:] = 2
     assert load("my/relabelled-v0").returns().tolist() == [12, 12, 12]
 
 
-@pytest.mark.parametrize("low, high", [(None, None), (None, 1.0), (1.0, 1.0), ("unknown", 1.0), ([0], 1.0)])
+@pytest.mark.parametrize(
+    "low, high", [(None, None), (None, 1.0), (1.0, 1.0), ("unknown", 1.0), ([0], 1.0)]
+)
 def test_reference_scores_that_give_no_scale(register, low, high):
     """null, equal, or no numbers: the run has no score."""
     record("my/scores-v0", register("Scores-v0"))
-    edit_metadata("my/scores-v0", lambda meta, spec: meta.update(ref_min_score=low, ref_max_score=high))
+    edit_metadata(
+        "my/scores-v0", lambda meta, spec: meta.update(ref_min_score=low, ref_max_score=high)
+    )
     assert load("my/scores-v0").score([1.0]) is None
 
 
@@ -893,7 +1181,9 @@ def test_a_folder_for_datasets_that_cannot_be(capsys, monkeypatch, tmp_path):
 
 def test_an_id_without_a_version(capsys):
     """Not a riddle of Minari's about int()."""
-    assert "a Minari id ends in its version" in refused(capsys, lambda: load("mujoco/hopper/expert"))
+    assert "a Minari id ends in its version" in refused(
+        capsys, lambda: load("mujoco/hopper/expert")
+    )
 
 
 def test_an_environment_registered_as_a_class(capsys):
@@ -909,19 +1199,35 @@ def test_an_environment_registered_as_a_class(capsys):
 def test_an_environment_that_seeds_numpy(register, monkeypatch):
     """numpy's own random state takes 32 bits; an evaluation's seed is 10⁶ times the run's."""
     reset = World.reset
-    monkeypatch.setattr(World, "reset", lambda env, *, seed=None, options=None: np.random.seed(seed) or reset(env, seed=seed))
+    monkeypatch.setattr(
+        World,
+        "reset",
+        lambda env, *, seed=None, options=None: np.random.seed(seed) or reset(env, seed=seed),
+    )
     register("Seeded-v0")
-    assert train("bc", save("log.npz", columns(action=2)), eval_env="Seeded-v0", seed=5000)["final_returns"] == [6]
+    assert train("bc", save("log.npz", columns(action=2)), eval_env="Seeded-v0", seed=5000)[
+        "final_returns"
+    ] == [6]
 
 
 @pytest.mark.parametrize("name", ["mopo", "morel", "combo"])
 def test_a_body_that_may_lie_on_the_floor(name, capsys):
-    """The files with a model end its episodes by the body's own rule; data of another rule are refused."""
-    record("my/floor-v0", gym.make("Hopper-v5", max_episode_steps=60, terminate_when_unhealthy=False), episodes=1)
+    """The files with a model end its episodes by the body's own rule; data of another rule are
+    refused."""
+    record(
+        "my/floor-v0",
+        gym.make("Hopper-v5", max_episode_steps=60, terminate_when_unhealthy=False),
+        episodes=1,
+    )
     data = load("my/floor-v0")
-    assert "terminate_when_unhealthy" in refused(capsys, lambda: importlib.import_module(name).model_rows(data))
+    assert "terminate_when_unhealthy" in refused(
+        capsys, lambda: importlib.import_module(name).model_rows(data)
+    )
     record("my/falls-v0", gym.make("Hopper-v5"), episodes=1)
-    assert len(importlib.import_module(name).model_rows(load("my/falls-v0"))[0]) == load("my/falls-v0").size
+    assert (
+        len(importlib.import_module(name).model_rows(load("my/falls-v0"))[0])
+        == load("my/falls-v0").size
+    )
 
 
 def test_a_terminal_without_the_sign(monkeypatch):
@@ -949,7 +1255,10 @@ def test_a_folder_with_a_bc_of_its_own(tmp_path):
     """load_policy takes this repository's file, and runs no other."""
     train("bc", save("log.npz", columns()))
     (tmp_path / "bc.py").write_text("raise SystemExit(3)")
-    code = f"import sys; sys.path.append({str(ROOT)!r}); import common; common.load_policy({str(run_of('bc'))!r})"
+    code = (
+        f"import sys; sys.path.append({str(ROOT)!r}); import common; "
+        f"common.load_policy({str(run_of('bc'))!r})"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -957,12 +1266,15 @@ def test_a_folder_with_a_bc_of_its_own(tmp_path):
 
 
 def test_judging_twice_and_beside_a_damaged_result(capsys):
-    """fqe.py keeps its earlier results, also of the same second, and shares its folder with no other process."""
+    """fqe.py keeps its earlier results, also of the same second, and shares its folder with no
+    other process."""
     import fqe
     path = save("pendulum-log.npz", columns())
     train("bc", path)
     (run_of("bc") / "result.json").write_text("{half")
-    args = fqe.Args(env=path, policies=(str(run_of("bc")),), steps=1, final_episodes=1, device="cpu", out="runs")
+    args = fqe.Args(
+        env=path, policies=(str(run_of("bc")),), steps=1, final_episodes=1, device="cpu", out="runs"
+    )
     for _ in range(3):
         fqe.train(args)
     assert len(list(run_of("fqe").parent.glob("seed0*/result.json"))) == 3
@@ -984,17 +1296,31 @@ def test_two_processes_never_write_one_folder(log, capsys):
     train("bc", log)
     folder = run_of("bc")
     first = (folder / "result.json").read_text()
-    hold = "import fcntl, sys\nfile = open(sys.argv[1], 'w')\nfcntl.lockf(file, fcntl.LOCK_EX)\nprint(flush=True)\nsys.stdin.read()"
-    with subprocess.Popen([sys.executable, "-c", hold, folder.parent / ".seed0.lock"], stdin=subprocess.PIPE,
-                          stdout=subprocess.PIPE) as other:
+    hold = (
+        "import fcntl, sys; file = open(sys.argv[1], 'w'); "
+        "fcntl.lockf(file, fcntl.LOCK_EX); print(flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", hold, folder.parent / ".seed0.lock"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as other:
         other.stdout.readline()
-        assert "another process is writing" in refused(capsys, lambda: train("bc", log, actor_lr=1e-4))
+        assert "another process is writing" in refused(
+            capsys, lambda: train("bc", log, actor_lr=1e-4)
+        )
         other.stdin.close()
-    assert (folder / "result.json").read_text() == first and len(list(folder.parent.glob("seed0*"))) == 1
+    assert (folder / "result.json").read_text() == first and len(
+        list(folder.parent.glob("seed0*"))
+    ) == 1
     train("bc", log, actor_lr=1e-4)
     train("bc", log, actor_lr=1e-5)
     assert len(list(folder.parent.glob("seed0*"))) == 3  # two renamed in one second
-    (renamed,) = [path for path in folder.parent.glob("seed0.*") if (path / "result.json").read_text() == first]
+    (renamed,) = [
+        path
+        for path in folder.parent.glob("seed0.*")
+        if (path / "result.json").read_text() == first
+    ]
 
 
 def test_one_curve_after_a_resume(log, register):
@@ -1005,7 +1331,8 @@ def test_one_curve_after_a_resume(log, register):
     settings = dict(eval_every=20, eval_env="Mine-v0")
     train("bc", path, steps=40, **settings)
     checkpoint = run_of("bc") / "checkpoint.pt"
-    assert torch.load(checkpoint, weights_only=True)["due"][0] == 40  # evaluated after this was written
+    # evaluated after this was written
+    assert torch.load(checkpoint, weights_only=True)["due"][0] == 40
     result = train("bc", path, steps=60, resume=True, **settings)
     events = EventAccumulator(str(run_of("bc")))
     events.Reload()
@@ -1015,18 +1342,22 @@ def test_one_curve_after_a_resume(log, register):
 
 
 def test_resuming_after_the_end(log, capsys):
-    """Row 66: equal and more steps, other evaluation settings; fewer steps and other settings are refused."""
+    """Row 66: equal and more steps, other evaluation settings; fewer steps and other settings are
+    refused."""
     train("bc", log, steps=4)
     assert train("bc", log, steps=4, resume=True)["steps"] == 4
     result = train("bc", log, steps=6, eval_every=3, eval_episodes=3, resume=True)
     assert [point["step"] for point in result["curve"]] == [2, 4, 6]
-    assert "is of step 6, more than --steps 5" in refused(capsys, lambda: train("bc", log, steps=5, resume=True))
+    assert "is of step 6, more than --steps 5" in refused(
+        capsys, lambda: train("bc", log, steps=5, resume=True)
+    )
     line = refused(capsys, lambda: train("bc", log, steps=8, actor_lr=1e-5, resume=True))
     assert "actor_lr was 0.0003" in line
     os.rename("log.npz", "moved.npz")
     os.mkdir("disk")
     os.rename("moved.npz", "disk/log.npz")
-    assert train("bc", "disk/log.npz", steps=7, resume=True)["steps"] == 7  # the data count, not where they lie
+    # the data count, not where they lie
+    assert train("bc", "disk/log.npz", steps=7, resume=True)["steps"] == 7
     save("log.npz", columns(50))
     assert "data was" in refused(capsys, lambda: train("bc", log, steps=8, resume=True))
 
@@ -1051,8 +1382,8 @@ def test_a_checkpoint_that_is_damaged_or_of_another_run(log, capsys):
 
 
 def test_a_cluster_sends_sigterm(log, capsys, monkeypatch):
-    """Row 69: as Ctrl-C, after the update under way; what --resume ends with is the uninterrupted run, bit for bit.
-    Slurm and the parents of a process send it several times."""
+    """Row 69: as Ctrl-C, after the update under way; what --resume ends with is the uninterrupted
+    run, bit for bit. Slurm and the parents of a process send it several times."""
     settings = dict(steps=9, eval_every=5)
     whole = train("bc", log, **settings)
     weights = torch.load(run_of("bc") / "policy.pt", weights_only=True)["actor"]
@@ -1067,7 +1398,9 @@ def test_a_cluster_sends_sigterm(log, capsys, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(common.Run, "step", interrupted)
-        assert "stopped after step 7; the same command with --resume" in refused(capsys, lambda: train("bc", log, **settings))
+        assert "stopped after step 7; the same command with --resume" in refused(
+            capsys, lambda: train("bc", log, **settings)
+        )
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
     again = train("bc", log, resume=True, **settings)
     resumed = torch.load(run_of("bc") / "policy.pt", weights_only=True)["actor"]
@@ -1093,7 +1426,9 @@ def test_a_stop_during_an_evaluation(log, register, capsys, monkeypatch, label):
     assert "--resume continues" in line and not (run_of("bc", env="log2") / "result.json").exists()
     assert signal.getsignal(signal.SIGINT) is before
     result = train("bc", path, steps=4, eval_env="Mine-v0", resume=True)
-    assert [point["returns"] for point in result["curve"]] == [[6.0], [6.0]] and result["final_returns"] == [6]
+    assert [point["returns"] for point in result["curve"]] == [[6.0], [6.0]] and result[
+        "final_returns"
+    ] == [6]
 
 
 @pytest.mark.parametrize("seed", [-1, 99999999999999999999])
@@ -1130,13 +1465,16 @@ def test_a_saved_policy_takes_what_a_simulator_gives(name):
         given.append(act(form))
     assert torch.equal(given[0], given[1]) and torch.equal(given[0], given[2])
     if not hasattr(act, "start"):
-        for form in (obs.astype(">f8"), np.ascontiguousarray(obs[:, ::-1])[:, ::-1]):  # other bytes, a view backwards
+        # other bytes, a view backwards
+        for form in (obs.astype(">f8"), np.ascontiguousarray(obs[:, ::-1])[:, ::-1]):
             assert torch.equal(given[0], act(form))
 
 
 def test_a_policy_that_cannot_be_loaded(tmp_path, capsys):
     """Row 75: one line."""
-    assert "can't load the policy" in refused(capsys, lambda: common.load_policy(tmp_path / "policy.pt"))
+    assert "can't load the policy" in refused(
+        capsys, lambda: common.load_policy(tmp_path / "policy.pt")
+    )
     torch.save({"module": "td3_bc", "class": "Nobody"}, tmp_path / "policy.pt")
     assert "can't load the policy" in refused(capsys, lambda: common.load_policy(tmp_path))
 
@@ -1168,11 +1506,13 @@ def test_a_policy_that_cannot_be_exported(tmp_path, capsys, caplog, exports):
 
     common.export_policy(Odd(), torch.zeros(2, 3), tmp_path / "policy.pt2")
     assert "policy.pt2 is left out" in notes(capsys)[0] and not list(tmp_path.glob("*.pt2"))
-    assert not [line for line in caplog.records if line.levelname != "DEBUG"]  # torch has handlers of its own
+    # torch has handlers of its own
+    assert not [line for line in caplog.records if line.levelname != "DEBUG"]
 
 
 def test_windows(monkeypatch, tmp_path):
-    """Row 80: no C library by that name, no fcntl, no uname; a path of its own makes a folder inside --out."""
+    """Row 80: no C library by that name, no fcntl, no uname; a path of its own makes a folder
+    inside --out."""
     def no_library(name):
         raise TypeError("bad argument type for built-in operation")
 
@@ -1187,7 +1527,9 @@ def test_windows(monkeypatch, tmp_path):
     import bc
     args = bc.Args(env="C:\\data\\log.npz", steps=2, eval_every=2, out="runs", device="cpu")
     record = windows.Run(args, data)
-    assert tmp_path / "runs" in (tmp_path / record.folder).resolve().parents and "\\" not in str(record.folder)
+    assert tmp_path / "runs" in (tmp_path / record.folder).resolve().parents and "\\" not in str(
+        record.folder
+    )
     monkeypatch.setattr(windows, "export_policy", lambda *_: None)
     actor = bc.Actor(3, 1)
     record.begin({"actor": actor}, actor)
@@ -1200,14 +1542,22 @@ def test_windows(monkeypatch, tmp_path):
 @pytest.mark.parametrize("device", ["mps", "cuda:1"])
 def test_devices(log, capsys, device):
     """Row 82."""
-    assert f"--device {device}: give auto, cpu or" in refused(capsys, lambda: train("bc", log, device=device))
+    assert f"--device {device}: give auto, cpu or" in refused(
+        capsys, lambda: train("bc", log, device=device)
+    )
 
 
-@pytest.mark.parametrize("settings, line", [
-    (dict(actor_lr=-1.0), "--actor-lr must be at least 0, not -1"), (dict(gamma=1.5), "--gamma must be between 0 and 1"),
-    (dict(batch_size=0), "--batch-size must be at least 1"), (dict(steps=0), "--steps must be at least 1"),
-    (dict(threads=-1), "--threads must be between 0 and 1024"), (dict(critic_lr=float("nan")), "--critic-lr must be at least 0"),
-])
+@pytest.mark.parametrize(
+    "settings, line",
+    [
+        (dict(actor_lr=-1.0), "--actor-lr must be at least 0, not -1"),
+        (dict(gamma=1.5), "--gamma must be between 0 and 1"),
+        (dict(batch_size=0), "--batch-size must be at least 1"),
+        (dict(steps=0), "--steps must be at least 1"),
+        (dict(threads=-1), "--threads must be between 0 and 1024"),
+        (dict(critic_lr=float("nan")), "--critic-lr must be at least 0"),
+    ],
+)
 def test_settings_out_of_range(log, capsys, settings, line):
     """Row 83."""
     assert line in refused(capsys, lambda: train("td3_bc", log, **settings))
@@ -1215,13 +1565,16 @@ def test_settings_out_of_range(log, capsys, settings, line):
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "algorithms").glob("*.py")))
 def test_a_setting_that_is_not_a_number(name, monkeypatch, capsys):
-    """NaN is refused for every setting, before any data are read; --holdout is checked with the data."""
+    """NaN is refused for every setting, before any data are read; --holdout is checked with the
+    data."""
     module = importlib.import_module(name)
     monkeypatch.setattr(module, "load_dataset", lambda *_, **__: pytest.fail("the data were read"))
     monkeypatch.setattr(module, "find_policies", lambda given: [], raising=False)
     for field in dataclasses.fields(module.Args):
         if field.type in (float, float | None) and field.name != "holdout":
-            line = refused(capsys, lambda field=field: module.train(module.Args(**{field.name: float("nan")})))
+            line = refused(
+                capsys, lambda field=field: module.train(module.Args(**{field.name: float("nan")}))
+            )
             assert f"--{field.name.replace('_', '-')}" in line
 
 
@@ -1250,7 +1603,9 @@ def test_values_for_single_datasets(capsys, monkeypatch):
     assert parsed("--env", "walker2d-medium").q_weight == 2.5 and not capsys.readouterr().out
     with pytest.raises(SystemExit):
         parsed("--help")
-    assert "hopper-medium: --q-weight 1.5 --policy-delay 3" in " ".join(capsys.readouterr().out.split())
+    assert "hopper-medium: --q-weight 1.5 --policy-delay 3" in " ".join(
+        capsys.readouterr().out.split()
+    )
 
 
 # ---- speed
@@ -1278,8 +1633,16 @@ def test_both_outcomes_of_the_choice_of_products(monkeypatch, error, chosen):
     assert common.use_fast_products() == "PyTorch's default" and matmul.fp32_precision == before
 
 
-@pytest.mark.parametrize("threads, gflop, cores, user, expected", [
-    (0, 0.4, 2, None, 1), (0, 4.0, 2, None, 2), (0, 4.0, 64, None, 4), (3, 0.4, 2, None, 3), (0, 4.0, 2, "1", None)])
+@pytest.mark.parametrize(
+    "threads, gflop, cores, user, expected",
+    [
+        (0, 0.4, 2, None, 1),
+        (0, 4.0, 2, None, 2),
+        (0, 4.0, 64, None, 4),
+        (3, 0.4, 2, None, 3),
+        (0, 4.0, 2, "1", None),
+    ],
+)
 def test_one_rule_for_threads(monkeypatch, threads, gflop, cores, user, expected):
     """One for light updates, up to four for heavy ones; the user's own number stands."""
     chosen = []
@@ -1296,21 +1659,45 @@ def test_one_rule_for_threads(monkeypatch, threads, gflop, cores, user, expected
 
 
 def test_own_data_from_a_numpy_log_to_a_policy_that_needs_torch_alone(tmp_path, exports):
-    """The walk-through: no simulator anywhere. A tank's level is to be held at 0; the valve's log was noisy and lazy."""
-    rng, logs = np.random.default_rng(0), {key: [] for key in ("observations", "actions", "rewards", "terminals", "timeouts",
-                                                               "next_observations")}
+    """The walk-through: no simulator anywhere. A tank's level is to be held at 0; the valve's log
+    was noisy and lazy."""
+    rng, logs = (
+        np.random.default_rng(0),
+        {
+            key: []
+            for key in (
+                "observations",
+                "actions",
+                "rewards",
+                "terminals",
+                "timeouts",
+                "next_observations",
+            )
+        },
+    )
     for _ in range(40):
         level, inflow = rng.normal(size=2)
         for step in range(25):
             valve = np.clip(-0.5 * level + rng.normal(scale=0.5), -1, 1)
             new = level + 0.3 * valve + 0.02 * inflow
-            for key, value in zip(logs, ([level, inflow], [valve], -new**2, False, step == 24, [new, inflow])):
+            for key, value in zip(
+                logs, ([level, inflow], [valve], -(new**2), False, step == 24, [new, inflow])
+            ):
                 logs[key].append(value)
             level = new
     np.savez("tank.npz", **logs)
 
-    result = train("td3_bc", "tank.npz", steps=300, eval_every=300, batch_size=64, gamma=0.9, actor_lr=1e-3, critic_lr=1e-3,
-                   holdout=0.25)
+    result = train(
+        "td3_bc",
+        "tank.npz",
+        steps=300,
+        eval_every=300,
+        batch_size=64,
+        gamma=0.9,
+        actor_lr=1e-3,
+        critic_lr=1e-3,
+        holdout=0.25,
+    )
     run = run_of("td3_bc", tmp_path / "runs", "tank")
     assert result["score"] is None and result["dataset"]["episodes"] == 30
     act, states, discounted = common.load_policy(run), torch.randn(500, 2), torch.zeros(500)
@@ -1322,17 +1709,38 @@ def test_own_data_from_a_numpy_log_to_a_policy_that_needs_torch_alone(tmp_path, 
     program = ("import sys, torch\nact = torch.export.load(sys.argv[1]).module()\n"
                "print(act(torch.tensor([[2.0, 0.0], [-2.0, 0.0]])).flatten().tolist())\n"
                "assert not {'common', 'td3_bc', 'gymnasium', 'minari'} & set(sys.modules)")
-    done = subprocess.run([sys.executable, "-c", program, str(run / "policy.pt2")], capture_output=True, text=True, cwd="/")
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(run / "policy.pt2")],
+        capture_output=True,
+        text=True,
+        cwd="/",
+    )
     assert done.returncode == 0, done.stderr
     high, low = json.loads(done.stdout)
-    assert -1 <= high < 0 < low <= 1  # lets out where it is too full, and fills where it is too empty
+    # lets out where it is too full, and fills where it is too empty
+    assert -1 <= high < 0 < low <= 1
 
 
 def judge(run) -> float:
-    """Off-policy evaluation of the saved policy, on the episodes that training did not see: FQE's estimate."""
+    """Off-policy evaluation of the saved policy, on the episodes that training did not see: FQE's
+    estimate."""
     import fqe
-    fqe.train(fqe.Args(env="tank.npz", policies=(str(run),), steps=300, eval_every=300, batch_size=64, gamma=0.9, critic_lr=1e-3,
-                       target_rate=0.05, device="cpu", out="runs", holdout=0.25))
+
+    fqe.train(
+        fqe.Args(
+            env="tank.npz",
+            policies=(str(run),),
+            steps=300,
+            eval_every=300,
+            batch_size=64,
+            gamma=0.9,
+            critic_lr=1e-3,
+            target_rate=0.05,
+            device="cpu",
+            out="runs",
+            holdout=0.25,
+        )
+    )
     (path,) = run.parents[2].glob("fqe*/tank/seed0/result.json")
     result = json.loads(path.read_text())
     assert result["dataset"]["episodes"] == 10

@@ -36,8 +36,13 @@ def small(exact, monkeypatch):
 
 
 def test_sample_action_equals_a_loop(monkeypatch):
-    """(E1): tanh of a Gaussian, and the change of variables written with 1 − tanh², not with softplus."""
-    actor, obs, draws = make(Actor, 3, 2), torch.randn(4, 3), record_draws(monkeypatch, "randn_like")
+    """(E1): tanh of a Gaussian, and the change of variables written with 1 − tanh², not with
+    softplus."""
+    actor, obs, draws = (
+        make(Actor, 3, 2),
+        torch.randn(4, 3),
+        record_draws(monkeypatch, "randn_like"),
+    )
     action, log_prob = cql.sample_action(*actor(obs))
     expected = [slow_sample(actor, obs[b], draws[0][b], -5.0) for b in range(4)]
     assert_close(action, [a for a, _ in expected])
@@ -52,7 +57,8 @@ def test_log_std_is_bounded():
 
 
 def test_td_target_equals_a_loop(monkeypatch):
-    """(E2): one sampled action per next observation, the smaller critic, no entropy; nothing after a termination."""
+    """(E2): one sampled action per next observation, the smaller critic, no entropy; nothing after
+    a termination."""
     actor, critic, batch, expected = make(Actor, 3, 2), make(Critic, 3, 2), tiny_batch(), []
     draws = record_draws(monkeypatch, "randn_like")
     y = cql.td_target(critic, actor(batch.next_obs), batch, 0.9)
@@ -65,12 +71,15 @@ def test_td_target_equals_a_loop(monkeypatch):
 
 
 def test_propose_actions_equals_a_loop(monkeypatch):
-    """(E3): N uniform actions of density 2^−A, N of π(·|s), N of π(·|s′), each with the density it was drawn with."""
+    """(E3): N uniform actions of density 2^−A, N of π(·|s), N of π(·|s′), each with the density it
+    was drawn with."""
     actor, batch = make(Actor, 3, 2), tiny_batch()
     uniform, normal = record_draws(monkeypatch, "rand"), record_draws(monkeypatch, "randn_like")
     actions, log_density = cql.propose_actions(actor(batch.obs), actor(batch.next_obs), 5)
     for b in range(4):
-        expected = [([2 * u - 1 for u in uniform[0][b, n].tolist()], math.log(1 / 4)) for n in range(5)]
+        expected = [
+            ([2 * u - 1 for u in uniform[0][b, n].tolist()], math.log(1 / 4)) for n in range(5)
+        ]
         for obs, noise in ((batch.obs, normal[0]), (batch.next_obs, normal[1])):
             expected += [slow_sample(actor, obs[b], noise[b, n], -5.0) for n in range(5)]
         assert_close(actions[b], [action for action, _ in expected])
@@ -79,19 +88,33 @@ def test_propose_actions_equals_a_loop(monkeypatch):
 
 
 def test_soft_max_q_equals_a_loop():
-    """(E3): for each critic and observation, log Σ exp(Q − log μ) over that observation's own actions."""
-    critic, obs, actions, log_density = make(Critic, 3, 2), torch.randn(4, 3), torch.randn(4, 5, 2), torch.randn(4, 5)
+    """(E3): for each critic and observation, log Σ exp(Q − log μ) over that observation's own
+    actions."""
+    critic, obs, actions, log_density = (
+        make(Critic, 3, 2),
+        torch.randn(4, 3),
+        torch.randn(4, 5, 2),
+        torch.randn(4, 5),
+    )
 
     def term(k, b, j):
-        return math.exp(slow_critic(critic, k, obs[b], actions[b, j].tolist()) - float(log_density[b, j]))
+        return math.exp(
+            slow_critic(critic, k, obs[b], actions[b, j].tolist()) - float(log_density[b, j])
+        )
 
-    expected = [[math.log(sum(term(k, b, j) for j in range(5))) for b in range(4)] for k in range(2)]
+    expected = [
+        [math.log(sum(term(k, b, j) for j in range(5))) for b in range(4)] for k in range(2)
+    ]
     assert_close(cql.soft_max_q(critic, obs, actions, log_density), expected)
 
 
 def test_several_actions_equals_a_loop(monkeypatch):
     """(E4): N draws of π(·|s) for each observation, with noise of their own."""
-    actor, obs, draws = make(Actor, 3, 2), torch.randn(4, 3), record_draws(monkeypatch, "randn_like")
+    actor, obs, draws = (
+        make(Actor, 3, 2),
+        torch.randn(4, 3),
+        record_draws(monkeypatch, "randn_like"),
+    )
     actions, log_prob = cql.several_actions(actor(obs), 5)
     for b in range(4):
         expected = [slow_sample(actor, obs[b], draws[0][b, n], -5.0) for n in range(5)]
@@ -103,19 +126,31 @@ def test_several_actions_equals_a_loop(monkeypatch):
 def test_mean_q_equals_a_loop():
     """(E4): for each critic and observation, the mean of Q over that observation's own actions."""
     critic, obs, actions = make(Critic, 3, 2), torch.randn(4, 3), torch.randn(4, 5, 2)
-    expected = [[sum(slow_critic(critic, k, obs[b], actions[b, j].tolist()) for j in range(5)) / 5 for b in range(4)]
-                for k in range(2)]
+    expected = [
+        [
+            sum(slow_critic(critic, k, obs[b], actions[b, j].tolist()) for j in range(5)) / 5
+            for b in range(4)
+        ]
+        for k in range(2)
+    ]
     assert_close(cql.mean_q(critic, obs, actions), expected)
 
 
 @pytest.mark.parametrize("data_weight", [1.0, 0.0])
 def test_critic_loss_equals_a_loop(data_weight):
-    """(E5), (E6): per critic the squared error plus w times the gap; summed over critics, averaged over transitions.
-    Without the data term the gap is what is pushed down, alone."""
+    """(E5), (E6): per critic the squared error plus w times the gap; summed over critics, averaged
+    over transitions. Without the data term the gap is what is pushed down, alone."""
     critic, batch, y, push = make(Critic, 3, 2), tiny_batch(), torch.randn(4), torch.randn(2, 4)
-    q = [[slow_critic(critic, k, batch.obs[b], batch.action[b].tolist()) for b in range(4)] for k in range(2)]
+    q = [
+        [slow_critic(critic, k, batch.obs[b], batch.action[b].tolist()) for b in range(4)]
+        for k in range(2)
+    ]
     squares = sum((q[k][b] - float(y[b])) ** 2 / 4 for k in range(2) for b in range(4))
-    gaps = sum((float(push[k, b]) - (q[k][b] if data_weight else 0.0)) / 4 for k in range(2) for b in range(4))
+    gaps = sum(
+        (float(push[k, b]) - (q[k][b] if data_weight else 0.0)) / 4
+        for k in range(2)
+        for b in range(4)
+    )
     got = cql.critic_loss(critic, batch, y, push, torch.tensor(1.7), data_weight)
     assert_close(torch.stack(got), [squares + 1.7 * gaps, gaps / 2, sum(q[0] + q[1]) / 8])
 
@@ -161,10 +196,17 @@ def test_act_is_the_mean_in_the_environments_units():
 
 
 def test_termination_stops_the_bootstrap_and_truncation_does_not():
-    """Where the task is over, y is the reward whatever s′ and γ; elsewhere each transition takes its smaller Q."""
-    actor, critic, batch = make(Actor, 3, 2), make(Critic, 3, 2), tiny_batch(terminated=(1, 1, 1, 1))
+    """Where the task is over, y is the reward whatever s′ and γ; elsewhere each transition takes
+    its smaller Q."""
+    actor, critic, batch = (
+        make(Actor, 3, 2),
+        make(Critic, 3, 2),
+        tiny_batch(terminated=(1, 1, 1, 1)),
+    )
     for gamma in (0.5, 0.99):
-        assert torch.equal(cql.td_target(critic, actor(torch.randn(4, 3)), batch, gamma), batch.reward)
+        assert torch.equal(
+            cql.td_target(critic, actor(torch.randn(4, 3)), batch, gamma), batch.reward
+        )
     q = torch.tensor([[1.0, 5.0, -2.0, 4.0], [3.0, 2.0, -1.0, 0.0]])
     going_on = batch._replace(terminated=torch.zeros(4))
     y = cql.td_target(lambda obs, action: q, actor(batch.next_obs), going_on, 0.5)
@@ -192,17 +234,24 @@ def propose(num, dim=1, mean=0.3, batch_size=1):
 def test_constant_q_gives_the_volume_of_the_action_box():
     """Q = c at N uniform actions: log Σ exp(c)·2^A = c + log N + A log 2, exactly."""
     actions, log_density = propose(10, dim=3, batch_size=4)
-    soft_max = cql.soft_max_q(lambda obs, action: torch.full((2, len(action)), 1.5), torch.zeros(4, 3),
-                              actions[:, :10], log_density[:, :10])
+    soft_max = cql.soft_max_q(
+        lambda obs, action: torch.full((2, len(action)), 1.5),
+        torch.zeros(4, 3),
+        actions[:, :10],
+        log_density[:, :10],
+    )
     assert_close(soft_max, torch.full((2, 4), 1.5 + math.log(10) + 3 * math.log(2)))
 
 
 def test_soft_maximum_is_an_integral():
-    """Importance sampling: with many samples, soft_max − log 3N is log ∫ exp Q da, for either of two curves."""
+    """Importance sampling: with many samples, soft_max − log 3N is log ∫ exp Q da, for either of
+    two curves."""
     def curves(a):
         return torch.stack([2 * torch.sin(3 * a), -4 * a**2])
 
-    estimate = cql.soft_max_q(lambda obs, action: curves(action[:, 0]), torch.zeros(1, 3), *propose(100_000))
+    estimate = cql.soft_max_q(
+        lambda obs, action: curves(action[:, 0]), torch.zeros(1, 3), *propose(100_000)
+    )
     a = torch.linspace(-1, 1, 20_001)
     expected = torch.trapezoid(curves(a).exp(), a).log()[:, None]
     assert_close(estimate - math.log(300_000), expected, 1e-2)
@@ -220,10 +269,15 @@ def test_gap_ignores_a_constant_added_to_q():
 
 
 def test_every_action_is_valued_at_s():
-    """Actions proposed at s′ are one more proposal for s: the online critic never sees a next observation."""
+    """Actions proposed at s′ are one more proposal for s: the online critic never sees a next
+    observation."""
     data, nets, seen = tiny_data(), networks(), []
-    nets[1].register_forward_hook(lambda module, inputs, output: seen.extend(map(tuple, inputs[0].tolist())))
-    cql.update(Args(batch_size=4, num_samples=3), data, *nets, *sgd(nets[0], nets[1], nets[3], nets[4]))
+    nets[1].register_forward_hook(
+        lambda module, inputs, output: seen.extend(map(tuple, inputs[0].tolist()))
+    )
+    cql.update(
+        Args(batch_size=4, num_samples=3), data, *nets, *sgd(nets[0], nets[1], nets[3], nets[4])
+    )
     assert set(seen) <= set(map(tuple, data.obs.tolist()))
     assert len(seen) == 4 * (9 + 1 + 1), "nine proposals, the data's action, the actor's"
 
@@ -252,7 +306,8 @@ def minimise(loss_of, size):
 
 
 def table_rows(counts):
-    """Data with each cell (s, a) as often as counts (S, A) says; obs and action are the cell's indices."""
+    """Data with each cell (s, a) as often as counts (S, A) says; obs and action are the cell's
+    indices."""
     s, a = np.indices(counts.shape).reshape(2, -1).repeat(counts.ravel(), axis=1)
     rows = tiny_batch([0.0] * len(s))
     return rows._replace(obs=torch.as_tensor(s)[:, None], action=torch.as_tensor(a)[:, None]), s, a
@@ -271,7 +326,9 @@ def test_stationary_point_of_a_table():
 
     def loss_of(table):
         soft_max = cql.soft_max_q(look_up(table), batch.obs, actions, torch.zeros(10, 4))
-        return cql.critic_loss(look_up(table), batch, torch.as_tensor(y[a]), soft_max, torch.tensor(w))[0]
+        return cql.critic_loss(
+            look_up(table), batch, torch.as_tensor(y[a]), soft_max, torch.tensor(w)
+        )[0]
 
     q, beta = y.copy(), counts[0] / 10
     for _ in range(5000):
@@ -291,7 +348,8 @@ def pushed(form, critic, batch, policy, next_policy, num):
 
 
 def test_plain_with_a_data_term_of_weight_one_is_cql_h():
-    """One setting, two forms: with c = 1 instead of 0, an update of `plain` has the loss and the critic of `cql-h`."""
+    """One setting, two forms: with c = 1 instead of 0, an update of `plain` has the loss and the
+    critic of `cql-h`."""
     batch, nets, losses, grads = tiny_batch(), networks(), [], []
     push = cql.mean_q(nets[1], batch.obs, torch.rand(4, 5, 2))
     q = nets[1](batch.obs, batch.action)
@@ -309,25 +367,41 @@ def test_plain_with_a_data_term_of_weight_one_is_cql_h():
 
 
 def test_logsumexp_is_cql_hs_maximum_over_mu():
-    """max_μ E_μ[Q] + H(μ) = log Σ exp Q, at μ = softmax(Q); and Q's gradient is that of E_μ[Q] at this μ.
+    """max_μ E_μ[Q] + H(μ) = log Σ exp Q, at μ = softmax(Q); and Q's gradient is that of E_μ[Q] at
+    this μ.
 
-    Q(a) = log of 1, 2, 3, 4 makes softmax(Q) = 0.1, 0.2, 0.3, 0.4: ten actions of which the first is one, the next two …
-    """
+    Q(a) = log of 1, 2, 3, 4 makes softmax(Q) = 0.1, 0.2, 0.3, 0.4: ten actions of which the first
+    is one, the next two … """
     def value(table, counts):
         """E_μ[Q] + H(μ) for the μ that draws action a with probability counts(a) / 10."""
         actions = torch.arange(4).repeat_interleave(torch.tensor(counts))[None, :, None]
         share = torch.tensor(counts)[torch.tensor(counts) > 0] / 10.0
-        return cql.mean_q(look_up(table), torch.zeros(1, 1, dtype=torch.long), actions) - (share * share.log()).sum()
+        return (
+            cql.mean_q(look_up(table), torch.zeros(1, 1, dtype=torch.long), actions)
+            - (share * share.log()).sum()
+        )
 
     table = torch.tensor([[1.0, 2.0, 3.0, 4.0]]).log().requires_grad_()
-    soft_max = cql.soft_max_q(look_up(table), torch.zeros(1, 1, dtype=torch.long), torch.arange(4)[None, :, None],
-                              torch.zeros(1, 4))
+    soft_max = cql.soft_max_q(
+        look_up(table),
+        torch.zeros(1, 1, dtype=torch.long),
+        torch.arange(4)[None, :, None],
+        torch.zeros(1, 4),
+    )
     best = value(table, [1, 2, 3, 4])
     assert_close(soft_max, best, 1e-12)
     assert_close(*(torch.autograd.grad(form.sum(), table)[0] for form in (soft_max, best)), 1e-12)
-    others = [[i, j, k, 10 - i - j - k] for i in range(11) for j in range(11 - i) for k in range(11 - i - j)]
+    others = [
+        [i, j, k, 10 - i - j - k]
+        for i in range(11)
+        for j in range(11 - i)
+        for k in range(11 - i - j)
+    ]
     others.remove([1, 2, 3, 4])
-    assert len(others) == 285 and max(value(table, counts).item() for counts in others) < soft_max.item() - 1e-3
+    assert (
+        len(others) == 285
+        and max(value(table, counts).item() for counts in others) < soft_max.item() - 1e-3
+    )
 
 
 @pytest.mark.parametrize("form", ["cql-h", "plain"])
@@ -337,8 +411,10 @@ def test_the_mean_gives_the_critic_a_gradient_and_nobody_else(form):
     policy, next_policy = actor(batch.obs), actor(batch.next_obs)  # with their graph, to tempt it
     y = cql.td_target(critic_target, next_policy, batch, 0.9)
     push = pushed(form, critic, batch, policy, next_policy, 3)
-    without = torch.autograd.grad(cql.critic_loss(critic, batch, y, push.detach(), torch.tensor(1.0))[0],
-                                  critic.layers[0].weight)[0]
+    without = torch.autograd.grad(
+        cql.critic_loss(critic, batch, y, push.detach(), torch.tensor(1.0))[0],
+        critic.layers[0].weight,
+    )[0]
     cql.critic_loss(critic, batch, y, push, torch.tensor(1.0), float(form == "cql-h"))[0].backward()
     assert all(p.grad is None for net in (actor, critic_target) for p in net.parameters())
     assert (critic.layers[0].weight.grad - without).abs().max() > 1e-3
@@ -354,15 +430,18 @@ def test_the_multiplier_needs_the_data_term(capsys):
 # ---- the claim of the notes (C11): which Q is a lower bound, in which form?
 
 
-def iterate_cql(form: str, choose_policy=None) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Exact expectations on a small known MDP: a policy's true Q, CQL's Q, the policy, the behaviour; all (S, A).
+def iterate_cql(
+    form: str, choose_policy=None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Exact expectations on a small known MDP: a policy's true Q, CQL's Q, the policy, the
+    behaviour; all (S, A).
 
-    The push that cql.critic_loss gets is E_{a~π}[Q(s, a)] in forms plain and cql-h, the notes' E_μ answered by μ = π, and
-    log Σ exp Q(s, a) in form logsumexp. `choose_policy` makes the policy to be valued from Q and the behaviour; without it,
-    the policy is a random one.
-    """
+    The push that cql.critic_loss gets is E_{a~π}[Q(s, a)] in forms plain and cql-h, the notes' E_μ
+    answered by μ = π, and log Σ exp Q(s, a) in form logsumexp. `choose_policy` makes the policy to
+    be valued from Q and the behaviour; without it, the policy is a random one. """
     rng, gamma, w = np.random.default_rng(0), 0.5, 0.5
-    reward, dynamics = rng.normal(size=(3, 3)), rng.dirichlet(np.ones(3), size=(3, 3))  # (S, A), (S, A, S′)
+    # (S, A), (S, A, S′)
+    reward, dynamics = rng.normal(size=(3, 3)), rng.dirichlet(np.ones(3), size=(3, 3))
     counts, policy = np.array([[6, 3, 1], [2, 5, 3], [1, 2, 7]]), rng.dirichlet(np.ones(3), size=3)
     batch, s, a = table_rows(counts)
     data_weight = 0.0 if form == "plain" else 1.0
@@ -375,14 +454,22 @@ def iterate_cql(form: str, choose_policy=None) -> tuple[np.ndarray, np.ndarray, 
         y = torch.as_tensor((reward.ravel() + gamma * step @ q.ravel()).reshape(3, 3)[s, a])
 
         def loss_of(table):
-            push = torch.logsumexp(table, dim=1) if form == "logsumexp" else (torch.as_tensor(policy) * table).sum(1)
-            return cql.critic_loss(look_up(table), batch, y, push[s][None], torch.tensor(w), data_weight)[0]
+            push = (
+                torch.logsumexp(table, dim=1)
+                if form == "logsumexp"
+                else (torch.as_tensor(policy) * table).sum(1)
+            )
+            return cql.critic_loss(
+                look_up(table), batch, y, push[s][None], torch.tensor(w), data_weight
+            )[0]
 
         q = minimise(loss_of, (3, 3)).numpy()
     truth = np.linalg.solve(np.eye(9) - gamma * step, reward.ravel()).reshape(3, 3)
     mu = softmax(q) if form == "logsumexp" else policy
     penalty = w / 2 * (mu / (counts / 10) - data_weight)
-    assert_close(q, truth - np.linalg.solve(np.eye(9) - gamma * step, penalty.ravel()).reshape(3, 3), 1e-6)
+    assert_close(
+        q, truth - np.linalg.solve(np.eye(9) - gamma * step, penalty.ravel()).reshape(3, 3), 1e-6
+    )
     return truth, q, policy, counts / 10
 
 
@@ -397,7 +484,8 @@ def test_without_the_data_term_every_q_is_a_lower_bound():
 
 
 def test_with_the_data_term_only_the_value_is_a_lower_bound():
-    """C11: E_π[Q] stays below the truth in every state, while at well-covered actions Q itself is too high."""
+    """C11: E_π[Q] stays below the truth in every state, while at well-covered actions Q itself is
+    too high."""
     truth, q, policy, behavior = iterate_cql("cql-h")
     assert ((policy * q).sum(1) < (policy * truth).sum(1)).all()
     too_high = q > truth + 0.01
@@ -412,8 +500,11 @@ def test_the_practical_form_bounds_the_value_of_its_own_softmax():
 
 
 def test_the_practical_form_overvalues_the_datas_habit():
-    """log-sum-exp: for π ∝ β⁴, which keeps to the data's most frequent actions, V is too high in every state."""
-    truth, q, policy, _ = iterate_cql("logsumexp", lambda q, behavior: behavior**4 / (behavior**4).sum(1, keepdims=True))
+    """log-sum-exp: for π ∝ β⁴, which keeps to the data's most frequent actions, V is too high in
+    every state."""
+    truth, q, policy, _ = iterate_cql(
+        "logsumexp", lambda q, behavior: behavior**4 / (behavior**4).sum(1, keepdims=True)
+    )
     assert ((policy * q).sum(1) > (policy * truth).sum(1) + 0.01).all()
 
 
@@ -436,7 +527,8 @@ def step_of_the_multiplier(target_gap):
 
 @pytest.mark.parametrize("offset, direction", [(-1.0, 1), (1.0, -1), (0.0, 0)])
 def test_multiplier_moves_the_gap_to_its_target(offset, direction):
-    """Gap above τ: w rises; below: falls; equal: stays. The w used, and reported, is the old one."""
+    """Gap above τ: w rises; below: falls; equal: stays. The w used, and reported, is the old
+    one."""
     _, gap, _ = step_of_the_multiplier(0.0)
     change, same_gap, weight = step_of_the_multiplier(gap + offset)
     assert np.sign(change) == direction and same_gap == gap
@@ -447,9 +539,15 @@ def test_multiplier_moves_the_gap_to_its_target(offset, direction):
 
 
 def networks():
-    """The target differs from the critic, so that a test sees which one is used; then log α and log w."""
-    return [make(Actor, 3, 2), make(Critic, 3, 2), make(Critic, 3, 2), torch.tensor(-0.5, requires_grad=True),
-            torch.tensor(0.4, requires_grad=True)]
+    """The target differs from the critic, so that a test sees which one is used; then log α and log
+    w."""
+    return [
+        make(Actor, 3, 2),
+        make(Critic, 3, 2),
+        make(Critic, 3, 2),
+        torch.tensor(-0.5, requires_grad=True),
+        torch.tensor(0.4, requires_grad=True),
+    ]
 
 
 def sgd(actor, critic, log_alpha, log_weight, lr=0.01):
@@ -457,11 +555,27 @@ def sgd(actor, critic, log_alpha, log_weight, lr=0.01):
     return [torch.optim.SGD(part, lr=lr) for part in parts]
 
 
-@pytest.mark.parametrize("form, lagrange", [("logsumexp", False), ("logsumexp", True), ("cql-h", False), ("cql-h", True),
-                                            ("plain", False)])
+@pytest.mark.parametrize(
+    "form, lagrange",
+    [
+        ("logsumexp", False),
+        ("logsumexp", True),
+        ("cql-h", False),
+        ("cql-h", True),
+        ("plain", False),
+    ],
+)
 def test_update_is_the_algorithm_box(form, lagrange):
     """Q with the old w (then w), π on the new Q, α; each with the old α; then (E10), exactly."""
-    args = Args(batch_size=4, gamma=0.9, target_rate=0.3, num_samples=3, form=form, lagrange=lagrange, target_gap=2.0)
+    args = Args(
+        batch_size=4,
+        gamma=0.9,
+        target_rate=0.3,
+        num_samples=3,
+        form=form,
+        lagrange=lagrange,
+        target_gap=2.0,
+    )
     data, nets = tiny_data(), networks()
     actor, critic, critic_target, log_alpha, log_weight = copy.deepcopy(nets)
     optimizers = sgd(nets[0], nets[1], nets[3], nets[4])
@@ -474,7 +588,9 @@ def test_update_is_the_algorithm_box(form, lagrange):
         policy, next_policy = actor(batch.obs), actor(batch.next_obs)
         y = cql.td_target(critic_target, next_policy, batch, 0.9)
         push = pushed(form, critic, batch, policy, next_policy, 3)
-        q_loss, gap, q_data = cql.critic_loss(critic, batch, y, push, weight, 0.0 if form == "plain" else 1.0)
+        q_loss, gap, q_data = cql.critic_loss(
+            critic, batch, y, push, weight, 0.0 if form == "plain" else 1.0
+        )
         q_grad = step_by_hand(q_loss, list(critic.parameters()), 0.01)
         if lagrange:
             log_weight.data += 0.01 * weight * (gap - 2.0)
@@ -486,26 +602,40 @@ def test_update_is_the_algorithm_box(form, lagrange):
         for got, want in zip(nets, (actor, critic, critic_target)):
             assert_close(flat(got), flat(want), 1e-12)
         assert_close(torch.stack(nets[3:]), torch.stack([log_alpha, log_weight]), 1e-12)
-        assert_close(flat_grad(nets[1]), q_grad, 1e-12)  # the actor's step adds nothing to the critic's gradient
-        expected = dict(critic_loss=q_loss, q_data=q_data, q_policy=q_policy, gap=gap, cql_weight=weight,
-                        entropy=-log_prob.mean(), entropy_coef=alpha)
+        # the actor's step adds nothing to the critic's gradient
+        assert_close(flat_grad(nets[1]), q_grad, 1e-12)
+        expected = dict(
+            critic_loss=q_loss,
+            q_data=q_data,
+            q_policy=q_policy,
+            gap=gap,
+            cql_weight=weight,
+            entropy=-log_prob.mean(),
+            entropy_coef=alpha,
+        )
         for name, value in expected.items():
             assert_close(metrics[name], value, 1e-12)
 
 
 def test_the_critics_loss_moves_the_critic_only():
-    """The conservative term has a gradient to Q, and none to the policy that proposed the actions, to w or to Q̄."""
+    """The conservative term has a gradient to Q, and none to the policy that proposed the actions,
+    to w or to Q̄."""
     batch, (actor, critic, critic_target, _, log_weight) = tiny_batch(), networks()
     policy, next_policy = actor(batch.obs), actor(batch.next_obs)  # with their graph, to tempt it
     y = cql.td_target(critic_target, next_policy, batch, 0.9)
     soft_max = cql.soft_max_q(critic, batch.obs, *cql.propose_actions(policy, next_policy, 3))
-    td_only = torch.autograd.grad(cql.critic_loss(critic, batch, y, soft_max.detach(), torch.tensor(1.0))[0],
-                                  critic.layers[0].weight)[0]
+    td_only = torch.autograd.grad(
+        cql.critic_loss(critic, batch, y, soft_max.detach(), torch.tensor(1.0))[0],
+        critic.layers[0].weight,
+    )[0]
     loss, gap, _ = cql.critic_loss(critic, batch, y, soft_max, torch.tensor(1.0))
     loss.backward()
     assert all(p.grad is None for net in (actor, critic_target) for p in net.parameters())
-    assert (critic.layers[0].weight.grad - td_only).abs().max() > 1e-3, "soft_max must carry gradient"
-    cql.weight_loss(log_weight, gap, 5.0).backward()  # would fail if the gap still had the critic's (freed) graph
+    assert (critic.layers[0].weight.grad - td_only).abs().max() > 1e-3, (
+        "soft_max must carry gradient"
+    )
+    # would fail if the gap still had the critic's (freed) graph
+    cql.weight_loss(log_weight, gap, 5.0).backward()
     assert log_weight.grad is not None
 
 
@@ -516,17 +646,38 @@ def test_entropy_plays_no_part_in_the_critics_step():
         torch.manual_seed(0)
         data, nets = tiny_data(), networks()
         nets[3].data.fill_(log_alpha)
-        cql.update(Args(batch_size=4), data, *nets, *sgd(nets[0], nets[1], nets[3], nets[4], lr=1e-3))
+        cql.update(
+            Args(batch_size=4), data, *nets, *sgd(nets[0], nets[1], nets[3], nets[4], lr=1e-3)
+        )
         results.append(nets)
     (actor, critic, *_), (other_actor, other_critic, *_) = results
-    assert torch.equal(flat(critic), flat(other_critic)) and not torch.equal(flat(actor), flat(other_actor))
+    assert torch.equal(flat(critic), flat(other_critic)) and not torch.equal(
+        flat(actor), flat(other_actor)
+    )
 
 
-@pytest.mark.parametrize("form, lagrange, variant", [("logsumexp", False, ""), ("logsumexp", True, "-lagrange"),
-                                                     ("cql-h", False, "-h"), ("plain", False, "-plain")])
+@pytest.mark.parametrize(
+    "form, lagrange, variant",
+    [
+        ("logsumexp", False, ""),
+        ("logsumexp", True, "-lagrange"),
+        ("cql-h", False, "-h"),
+        ("plain", False, "-plain"),
+    ],
+)
 def test_train_moves_every_part_each_step(monkeypatch, form, lagrange, variant):
-    """Actor, critic, target and α; w, from its first value, with --lagrange only. Each form has its own folder."""
-    run = silent_train(monkeypatch, cql, tiny_data(), steps=3, batch_size=4, cql_weight=2.0, form=form, lagrange=lagrange)
+    """Actor, critic, target and α; w, from its first value, with --lagrange only. Each form has its
+    own folder."""
+    run = silent_train(
+        monkeypatch,
+        cql,
+        tiny_data(),
+        steps=3,
+        batch_size=4,
+        cql_weight=2.0,
+        form=form,
+        lagrange=lagrange,
+    )
     assert run.variant == variant
     for name in ("actor", "critic", "critic_target", "log_entropy_coef"):
         assert run.steps_that_moved(name) == [1, 2, 3]
@@ -540,7 +691,8 @@ def test_train_moves_every_part_each_step(monkeypatch, form, lagrange, variant):
 
 
 def learn_from_a_narrow_corridor(algorithm, seed, monkeypatch):
-    """One state, for ever; data actions in [−0.2, 0.2] earn what they say, r = a. What a = 1 earns, nobody knows."""
+    """One state, for ever; data actions in [−0.2, 0.2] earn what they say, r = a. What a = 1 earns,
+    nobody knows."""
     monkeypatch.setattr(algorithm, "HIDDEN", (32, 32))
     torch.manual_seed(seed)
     data = tiny_data(256, action_dim=1)
@@ -566,7 +718,8 @@ def learn_from_a_narrow_corridor(algorithm, seed, monkeypatch):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_sac_leaves_the_data_and_cql_does_not(monkeypatch, seed):
-    """No data action is worth more than 0.2 / (1 − γ) = 2. SAC acts far outside and expects far more, CQL neither."""
+    """No data action is worth more than 0.2 / (1 − γ) = 2. SAC acts far outside and expects far
+    more, CQL neither."""
     q, action, far_minus_near = learn_from_a_narrow_corridor(sac, seed, monkeypatch)
     assert q > 5 and action > 0.9 and far_minus_near > 0
     q, action, far_minus_near = learn_from_a_narrow_corridor(cql, seed, monkeypatch)

@@ -1,4 +1,5 @@
-"""Discrete CQL against slow loops, against DQN, cloning and cql.py, and what it does where DQN believes in untried actions."""
+"""Discrete CQL against slow loops, against DQN, cloning and cql.py, and what it does where DQN
+believes in untried actions."""
 import copy
 import math
 
@@ -29,7 +30,9 @@ def small(exact, monkeypatch):
 
 
 def discrete_batch(actions=(2, 0, 1, 1)):
-    return tiny_batch(terminated=[float(i == 1) for i in range(len(actions))])._replace(action=torch.tensor(actions))
+    return tiny_batch(terminated=[float(i == 1) for i in range(len(actions))])._replace(
+        action=torch.tensor(actions)
+    )
 
 
 def slow_loss(q_net, batch, y, weight) -> tuple[float, float]:
@@ -88,12 +91,21 @@ def test_without_weight_it_is_dqn():
     nets = make(QNetwork, (3,), 3), make(QNetwork, (3,), 3)
     ours, dqns = copy.deepcopy(nets), copy.deepcopy(nets)
     found = []
-    for algorithm, (q_net, q_target), settings in ((cql_discrete, ours, dict(cql_weight=0.0)), (dqn, dqns, {})):
+    for algorithm, (q_net, q_target), settings in (
+        (cql_discrete, ours, dict(cql_weight=0.0)),
+        (dqn, dqns, {}),
+    ):
         torch.manual_seed(0)
         args = algorithm.Args(batch_size=4, gamma=0.9, **settings)
         optimizer = torch.optim.SGD(q_net.parameters(), lr=0.01)
-        found.append(algorithm.update(args, tiny_discrete_data(), q_net, q_target, optimizer, copy_target=False))
-    assert torch.equal(flat(ours[0]), flat(dqns[0])) and not torch.equal(flat(ours[0]), flat(nets[0]))
+        found.append(
+            algorithm.update(
+                args, tiny_discrete_data(), q_net, q_target, optimizer, copy_target=False
+            )
+        )
+    assert torch.equal(flat(ours[0]), flat(dqns[0])) and not torch.equal(
+        flat(ours[0]), flat(nets[0])
+    )
     for name in ("critic_loss", "q_data", "q_policy"):
         assert torch.equal(found[0][name], found[1][name])
 
@@ -104,7 +116,9 @@ def test_the_gap_alone_is_behaviour_cloning():
     _, metrics = cql_discrete.critic_loss(q_net, batch, torch.zeros(4), 1.0)
     assert_close(metrics["gap"], torch.nn.functional.cross_entropy(q_net(batch.obs), batch.action))
     flat_net = make(QNetwork, (3,), 3, scale=0.0)
-    assert_close(cql_discrete.critic_loss(flat_net, batch, torch.zeros(4), 1.0)[1]["gap"], math.log(3))
+    assert_close(
+        cql_discrete.critic_loss(flat_net, batch, torch.zeros(4), 1.0)[1]["gap"], math.log(3)
+    )
 
 
 def test_the_gap_is_cql_hs_at_its_worst_mu():
@@ -122,7 +136,8 @@ def test_the_gap_is_cql_hs_at_its_worst_mu():
 
 
 def test_it_is_cql_py_with_the_sum_over_all_actions():
-    """cql.py's loss on the same table, with every action as a proposal, at twice the weight: twice this loss (it has no ½)."""
+    """cql.py's loss on the same table, with every action as a proposal, at twice the weight: twice
+    this loss (it has no ½)."""
     table, batch, y = 0.3 * torch.randn(4, 3), discrete_batch(), 0.1 * torch.randn(4)
     every = torch.arange(3.0).expand(4, 3)[:, :, None]
     rows = batch._replace(obs=torch.arange(4.0)[:, None], action=batch.action[:, None].double())
@@ -174,7 +189,9 @@ def test_update_is_the_algorithm_box():
 
         torch.manual_seed(seed)
         batch = data.sample(4)
-        loss, expected = cql_discrete.critic_loss(net, batch, cql_discrete.td_target(target, batch, 0.9), 0.7)
+        loss, expected = cql_discrete.critic_loss(
+            net, batch, cql_discrete.td_target(target, batch, 0.9), 0.7
+        )
         grad = step_by_hand(loss, list(net.parameters()), 0.01)
         if copy_target:
             target = copy.deepcopy(net)
@@ -189,7 +206,9 @@ def test_update_is_the_algorithm_box():
 
 def test_train_copies_the_target_on_time(monkeypatch):
     """Ten updates, a copy after each fourth; the target starts as a copy."""
-    run = silent_train(monkeypatch, cql_discrete, tiny_discrete_data(), steps=10, batch_size=4, target_every=4)
+    run = silent_train(
+        monkeypatch, cql_discrete, tiny_discrete_data(), steps=10, batch_size=4, target_every=4
+    )
     assert run.steps_that_moved("q_net") == list(range(1, 11))
     assert run.steps_that_moved("q_target") == [4, 8]
     assert torch.equal(run.history[0]["q_net"], run.history[0]["q_target"])
@@ -198,9 +217,10 @@ def test_train_copies_the_target_on_time(monkeypatch):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_dqn_takes_the_untried_action_and_cql_does_not(monkeypatch, seed):
-    """21 actions from −1 to 1, of which the data hold the five middle ones; r = a − 1 there, in one state for ever. No policy
-    is worth more than −8 = −0.8 / (1 − γ) within the data. DQN's maximum takes an action that was never tried, whose Q is
-    still near 0, and so does its target; CQL's takes one of the five, and its Q falls."""
+    """21 actions from −1 to 1, of which the data hold the five middle ones; r = a − 1 there, in one
+    state for ever. No policy is worth more than −8 = −0.8 / (1 − γ) within the data. DQN's maximum
+    takes an action that was never tried, whose Q is still near 0, and so does its target; CQL's
+    takes one of the five, and its Q falls."""
     data = tiny_discrete_data(256, num_actions=21)
     torch.manual_seed(seed)
     data.obs = data.next_obs = torch.ones(256, 3)
@@ -216,7 +236,9 @@ def test_dqn_takes_the_untried_action_and_cql_does_not(monkeypatch, seed):
         optimizer = torch.optim.Adam(q_net.parameters(), lr=5e-3)
         args = algorithm.Args(batch_size=32, gamma=0.9, **settings)
         for step in range(300):
-            metrics = algorithm.update(args, data, q_net, q_target, optimizer, copy_target=step % 25 == 0)
+            metrics = algorithm.update(
+                args, data, q_net, q_target, optimizer, copy_target=step % 25 == 0
+            )
         best[algorithm] = int(q_net.act(torch.ones(1, 3))) - 10, metrics["q_policy"].item()
     action, q = best[dqn]
     assert abs(action) > 2 and q > -1

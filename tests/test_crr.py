@@ -64,14 +64,18 @@ def slow_log_prob(actor, obs, action):
 
 
 def slow_sample(actor, obs, noise):
-    return [min(max(m + std * eps, -1.0), 1.0) for m, std, eps in zip(*slow_policy(actor, obs), noise.tolist())]
+    return [
+        min(max(m + std * eps, -1.0), 1.0)
+        for m, std, eps in zip(*slow_policy(actor, obs), noise.tolist())
+    ]
 
 
 # ---- each function against a loop over samples
 
 
 def test_sample_clipped_equals_a_loop(monkeypatch):
-    """(E1): noise of its own for each observation and dimension, clipped to the box on both sides."""
+    """(E1): noise of its own for each observation and dimension, clipped to the box on both
+    sides."""
     actor, obs, draws = make_actor(), torch.randn(16, 3), record_draws(monkeypatch, "randn_like")
     action = crr.sample_clipped(*actor(obs))
     assert_close(action, [slow_sample(actor, obs[b], draws[0][b]) for b in range(16)])
@@ -119,7 +123,13 @@ def test_actor_loss_equals_a_loop():
     loss.backward()
 
     def slow():
-        return -sum(float(weight[b]) * slow_log_prob(actor, batch.obs[b], batch.action[b]) for b in range(4)) / 4
+        return (
+            -sum(
+                float(weight[b]) * slow_log_prob(actor, batch.obs[b], batch.action[b])
+                for b in range(4)
+            )
+            / 4
+        )
 
     assert_close(loss, slow())
     assert_gradient(actor.net[-1].bias, slow)
@@ -129,7 +139,10 @@ def test_actor_loss_equals_a_loop():
 def test_critic_loss_equals_a_loop():
     """(E6): the mean over transitions of the squared error."""
     critic, batch, y = make_critic(), tiny_batch(), torch.randn(4)
-    q = [[slow_normed_critic(critic, k, batch.obs[b], batch.action[b].tolist()) for b in range(4)] for k in range(2)]
+    q = [
+        [slow_normed_critic(critic, k, batch.obs[b], batch.action[b].tolist()) for b in range(4)]
+        for k in range(2)
+    ]
     loss, q_data = crr.critic_loss(critic, batch, y)
     assert_close(loss, sum((q[k][b] - float(y[b])) ** 2 / 4 for k in range(2) for b in range(4)))
     assert_close(q_data, sum(map(sum, q)) / 8)
@@ -138,7 +151,10 @@ def test_critic_loss_equals_a_loop():
 def test_losses_refuse_columns():
     """(B, 1) where (B,) is meant would silently compare every transition with every other."""
     batch, column = tiny_batch(), torch.ones(4, 1)
-    for loss in (lambda: crr.actor_loss(Actor(3, 2), batch, column), lambda: crr.critic_loss(make_critic(), batch, column)):
+    for loss in (
+        lambda: crr.actor_loss(Actor(3, 2), batch, column),
+        lambda: crr.critic_loss(make_critic(), batch, column),
+    ):
         with pytest.raises(AssertionError):
             loss()
 
@@ -158,14 +174,18 @@ def test_termination_stops_the_bootstrap_and_truncation_does_not():
     """Where the task is over, y is the reward whatever s′ and γ; elsewhere γ and Q count."""
     actor, critic, batch = make_actor(), make_critic(), tiny_batch(terminated=(1, 1, 1, 1))
     for gamma in (0.5, 0.99):
-        assert torch.equal(crr.td_target(actor, critic, batch._replace(next_obs=torch.randn(4, 3)), gamma), batch.reward)
+        assert torch.equal(
+            crr.td_target(actor, critic, batch._replace(next_obs=torch.randn(4, 3)), gamma),
+            batch.reward,
+        )
     q = torch.tensor([[1.0, 5.0, -2.0, 4.0]])
     y = crr.td_target(actor, lambda obs, action: q, batch._replace(terminated=torch.zeros(4)), 0.5)
     assert_close(y - batch.reward, [0.5, 2.5, -1.0, 2.0])
 
 
 def test_each_q_learns_its_own_target():
-    """γ = 0, rewards 0 and 10: Q goes to 0 and 10. Where a column broadcasts (as in acme's JAX version), both go to 5."""
+    """γ = 0, rewards 0 and 10: Q goes to 0 and 10. Where a column broadcasts (as in acme's JAX
+    version), both go to 5."""
     batch = tiny_batch((0, 0))._replace(reward=torch.tensor([0.0, 10.0]))
     table = torch.zeros(1, 2, requires_grad=True)
     for _ in range(100):
@@ -180,8 +200,11 @@ def test_each_q_learns_its_own_target():
 
 
 def test_known_advantage_and_weights(monkeypatch):
-    """Q(s, a) = a, four samples −1, 0, 1, 2: a = 1 is ½ above their mean, so counts e^½ = 1.6487, or 1."""
-    monkeypatch.setattr(crr, "sample_clipped", lambda mean, log_std: torch.tensor([[[-1.0], [0.0], [1.0], [2.0]]]))
+    """Q(s, a) = a, four samples −1, 0, 1, 2: a = 1 is ½ above their mean, so counts e^½ = 1.6487,
+    or 1."""
+    monkeypatch.setattr(
+        crr, "sample_clipped", lambda mean, log_std: torch.tensor([[[-1.0], [0.0], [1.0], [2.0]]])
+    )
     batch = tiny_batch((0,), action_dim=1)._replace(action=torch.ones(1, 1))
     adv = crr.advantage(make(Actor, 3, 1), lambda obs, action: action.T, batch, 4)
     assert_close(adv, [0.5])
@@ -203,7 +226,8 @@ def test_a_constant_added_to_q_changes_nothing(weighting):
 
 
 def test_caps():
-    """At Â/β = ln 20 = 2.9957 the weight reaches 20 and stays there, also where exp overflows. Binary: a tie counts 0."""
+    """At Â/β = ln 20 = 2.9957 the weight reaches 20 and stays there, also where exp overflows.
+    Binary: a tie counts 0."""
     adv = torch.tensor([2.9957322735539909, 2.9, 3.0, 1e4, -1e4, 0.0])
     exp = crr.weights(adv, Args())
     assert_close(exp, [20.0, math.exp(2.9), 20.0, 20.0, 0.0, 1.0])
@@ -223,7 +247,11 @@ def test_large_beta_is_behaviour_cloning_and_small_beta_a_step():
 
 def test_a_batch_without_a_better_action_is_no_error():
     """All weights 0, as may happen with binary: no loss, no gradient, no 0/0."""
-    actor, batch, weight = make_actor(), tiny_batch(), crr.weights(-torch.ones(4), Args(weighting="binary"))
+    actor, batch, weight = (
+        make_actor(),
+        tiny_batch(),
+        crr.weights(-torch.ones(4), Args(weighting="binary")),
+    )
     loss = crr.actor_loss(actor, batch, weight)
     loss.backward()
     assert loss == 0 and (flat_grad(actor) == 0).all() and crr.effective_share(weight) == 0
@@ -257,8 +285,13 @@ def sgd(actor, actor_target, critic, critic_target, lr=0.01):
 
 @pytest.mark.parametrize("weighting, copy_targets", [("exp", False), ("binary", True)])
 def test_update_is_the_algorithm_box(weighting, copy_targets):
-    """y from both targets, the advantage from both online networks, neither loss after the other's step; then (E7)."""
-    args, data, nets = Args(batch_size=16, gamma=0.9, weighting=weighting, num_samples=3), tiny_data(), networks()
+    """y from both targets, the advantage from both online networks, neither loss after the other's
+    step; then (E7)."""
+    args, data, nets = (
+        Args(batch_size=16, gamma=0.9, weighting=weighting, num_samples=3),
+        tiny_data(),
+        networks(),
+    )
     actor, actor_target, critic, critic_target = copy.deepcopy(nets)
     optimizers = sgd(*nets)
     for seed in range(2):  # twice, so that no gradient is left over
@@ -270,7 +303,10 @@ def test_update_is_the_algorithm_box(weighting, copy_targets):
         y = crr.td_target(actor_target, critic_target, batch, 0.9)
         adv = crr.advantage(actor, critic, batch, 3)
         weight = adv.exp().clamp(max=20) if weighting == "exp" else (adv > 0) * 1.0
-        pi_loss, (q_loss, q_data) = crr.actor_loss(actor, batch, weight), crr.critic_loss(critic, batch, y)
+        pi_loss, (q_loss, q_data) = (
+            crr.actor_loss(actor, batch, weight),
+            crr.critic_loss(critic, batch, y),
+        )
         pi_grad = step_by_hand(pi_loss, list(actor.parameters()), 0.01)
         q_grad = step_by_hand(q_loss, list(critic.parameters()), 0.01)
         if copy_targets:
@@ -296,20 +332,30 @@ def test_copy_weights_copies_once():
 
 
 def test_each_loss_moves_its_own_network_only():
-    """The actor's loss: no gradient for the critic; the critic's: none for the actor or the targets."""
+    """The actor's loss: no gradient for the critic; the critic's: none for the actor or the
+    targets."""
     batch, (actor, actor_target, critic, critic_target) = tiny_batch(), networks()
-    crr.actor_loss(actor, batch, crr.weights(crr.advantage(actor, critic, batch, 4), Args())).backward()
+    crr.actor_loss(
+        actor, batch, crr.weights(crr.advantage(actor, critic, batch, 4), Args())
+    ).backward()
     assert all(p.grad is not None for p in actor.parameters())
     actor.zero_grad()
-    crr.critic_loss(critic, batch, crr.td_target(actor_target, critic_target, batch, 0.9))[0].backward()
+    crr.critic_loss(critic, batch, crr.td_target(actor_target, critic_target, batch, 0.9))[
+        0
+    ].backward()
     assert all(p.grad is not None for p in critic.parameters())
-    assert all(p.grad is None for net in (actor, actor_target, critic_target) for p in net.parameters())
+    assert all(
+        p.grad is None for net in (actor, actor_target, critic_target) for p in net.parameters()
+    )
 
 
 @pytest.mark.parametrize("weighting, variant", [("exp", ""), ("binary", "-binary")])
 def test_train_renews_the_targets_at_intervals(monkeypatch, weighting, variant):
-    """Seven updates with target_every 3: both targets move at 3 and 6, and are copies then. Two critics."""
-    run = silent_train(monkeypatch, crr, tiny_data(), steps=7, batch_size=4, target_every=3, weighting=weighting)
+    """Seven updates with target_every 3: both targets move at 3 and 6, and are copies then. Two
+    critics."""
+    run = silent_train(
+        monkeypatch, crr, tiny_data(), steps=7, batch_size=4, target_every=3, weighting=weighting
+    )
     for name in ("actor", "critic"):
         assert len(run.steps_that_moved(name)) >= 6  # binary may leave the actor where it is
         assert run.steps_that_moved(name + "_target") == [3, 6]
@@ -323,7 +369,12 @@ def test_train_renews_the_targets_at_intervals(monkeypatch, weighting, variant):
 
 def train_on(data, monkeypatch, updates, **args):
     monkeypatch.setattr(crr, "HIDDEN", (32, 32))
-    nets = [actor := Actor(3, 1), copy.deepcopy(actor), critic := crr.Critic(3, 1, 1), copy.deepcopy(critic)]
+    nets = [
+        actor := Actor(3, 1),
+        copy.deepcopy(actor),
+        critic := crr.Critic(3, 1, 1),
+        copy.deepcopy(critic),
+    ]
     optimizers = [torch.optim.Adam(net.parameters(), lr=5e-3) for net in (actor, critic)]
     for step in range(1, updates + 1):
         metrics = crr.update(Args(batch_size=32, **args), data, *nets, *optimizers, step % 5 == 0)
@@ -332,7 +383,8 @@ def train_on(data, monkeypatch, updates, **args):
 
 @pytest.mark.parametrize("seed", range(2))
 def test_the_better_of_two_modes(monkeypatch, seed):
-    """One state; half of the data does −0.6, which earns 0, half +0.6, which earns 1. A clone goes between, CRR to +0.6."""
+    """One state; half of the data does −0.6, which earns 0, half +0.6, which earns 1. A clone goes
+    between, CRR to +0.6."""
     modes = {}
     for weighting, beta in (("exp", 1e6), ("exp", 0.2), ("binary", 1.0)):
         torch.manual_seed(seed)
@@ -347,7 +399,8 @@ def test_the_better_of_two_modes(monkeypatch, seed):
 
 
 def test_it_stays_where_sac_leaves_the_data(monkeypatch):
-    """The corridor of test_cql.py: actions in [−0.2, 0.2] earn r = a for ever, so no data action is worth more than 2."""
+    """The corridor of test_cql.py: actions in [−0.2, 0.2] earn r = a for ever, so no data action is
+    worth more than 2."""
     torch.manual_seed(0)
     data = tiny_data(256, action_dim=1)
     for column in (data.obs, data.next_obs, data.terminated):
@@ -357,8 +410,15 @@ def test_it_stays_where_sac_leaves_the_data(monkeypatch):
     assert 0.05 < action < 0.25 and q < 2, "above the data's average, 0, and within the data"
 
     monkeypatch.setattr(sac, "HIDDEN", (32, 32))
-    parts = [sac.Actor(3, 1), critic := sac.Critic(3, 1), copy.deepcopy(critic), torch.tensor(-5.0, requires_grad=True)]
-    optimizers = [torch.optim.Adam(net.parameters(), lr=5e-3) for net in parts[:2]] + [torch.optim.SGD([parts[3]], lr=0.0)]
+    parts = [
+        sac.Actor(3, 1),
+        critic := sac.Critic(3, 1),
+        copy.deepcopy(critic),
+        torch.tensor(-5.0, requires_grad=True),
+    ]
+    optimizers = [torch.optim.Adam(net.parameters(), lr=5e-3) for net in parts[:2]] + [
+        torch.optim.SGD([parts[3]], lr=0.0)
+    ]
     for _ in range(200):
         sac.update(sac.Args(batch_size=32, gamma=0.9, target_rate=0.2), data, *parts, *optimizers)
     assert parts[0].act(torch.zeros(1, 3)).item() > 0.9
@@ -367,8 +427,12 @@ def test_it_stays_where_sac_leaves_the_data(monkeypatch):
 # ---- settings
 
 
-@pytest.mark.parametrize("setting, value", [("beta", 0.0), ("num_samples", 0), ("target_every", 0), ("max_weight", -1.0)])
+@pytest.mark.parametrize(
+    "setting, value", [("beta", 0.0), ("num_samples", 0), ("target_every", 0), ("max_weight", -1.0)]
+)
 def test_settings_out_of_range_are_refused(monkeypatch, capsys, setting, value):
     with pytest.raises(SystemExit) as stop:
         silent_train(monkeypatch, crr, tiny_data(), steps=2, **{setting: value})
-    assert stop.value.code == 2 and f"--{setting.replace('_', '-')} must be" in capsys.readouterr().err
+    assert (
+        stop.value.code == 2 and f"--{setting.replace('_', '-')} must be" in capsys.readouterr().err
+    )

@@ -1,4 +1,5 @@
-"""Datasets: what a row means, that every source says the same, and one clear line for every bad one."""
+"""Datasets: what a row means, that every source says the same, and one clear line for every bad
+one."""
 import os
 import shutil
 import signal
@@ -27,16 +28,28 @@ class World(gym.Env):
     action_space = gym.spaces.Box(-1, 1, (3,), np.float32)
 
 
-def episodes(ends=("terminated", "truncated", "both", "unfinished"), lengths=(3, 2, 4, 2)) -> list[dict]:
-    """Episodes of a world where next_obs = obs + action: a row that is off by one shows. Each begins somewhere else."""
+def episodes(
+    ends=("terminated", "truncated", "both", "unfinished"), lengths=(3, 2, 4, 2)
+) -> list[dict]:
+    """Episodes of a world where next_obs = obs + action: a row that is off by one shows. Each
+    begins somewhere else."""
     rng, result = np.random.default_rng(0), []
     for number, (end, length) in enumerate(zip(ends, lengths)):
         action = rng.uniform(-1, 1, (length, 3)).astype(np.float32)
-        obs = (100 * number + np.concatenate([np.zeros((1, 3)), np.cumsum(action, axis=0)])).astype(np.float32)
+        obs = (100 * number + np.concatenate([np.zeros((1, 3)), np.cumsum(action, axis=0)])).astype(
+            np.float32
+        )
         terminated, truncated = np.zeros(length, bool), np.zeros(length, bool)
         terminated[-1], truncated[-1] = end in ("terminated", "both"), end in ("truncated", "both")
-        result.append(dict(obs=obs, action=action, reward=rng.normal(size=length).astype(np.float32), terminated=terminated,
-                           truncated=truncated))
+        result.append(
+            dict(
+                obs=obs,
+                action=action,
+                reward=rng.normal(size=length).astype(np.float32),
+                terminated=terminated,
+                truncated=truncated,
+            )
+        )
     return result
 
 
@@ -51,18 +64,35 @@ def root(tmp_path, monkeypatch):
 
 
 def save_minari(name: str, parts: list[dict], env="World-v0") -> None:
-    buffers = [EpisodeBuffer(observations=e["obs"], actions=e["action"], rewards=e["reward"], terminations=e["terminated"],
-                             truncations=e["truncated"], infos={}) for e in parts]
+    buffers = [
+        EpisodeBuffer(
+            observations=e["obs"],
+            actions=e["action"],
+            rewards=e["reward"],
+            terminations=e["terminated"],
+            truncations=e["truncated"],
+            infos={},
+        )
+        for e in parts
+    ]
     with pytest.warns(UserWarning):
-        minari.create_dataset_from_buffers(name, buffers, env=gym.make(env), ref_min_score=0.0, ref_max_score=10.0)
+        minari.create_dataset_from_buffers(
+            name, buffers, env=gym.make(env), ref_min_score=0.0, ref_max_score=10.0
+        )
 
 
 def save_d4rl(path, parts: list[dict], complete: bool = True, **replace) -> str:
-    columns = dict(observations=np.concatenate([e["obs"][:-1] for e in parts]),
-                   next_observations=np.concatenate([e["obs"][1:] for e in parts]),
-                   actions=np.concatenate([e["action"] for e in parts]), rewards=np.concatenate([e["reward"] for e in parts]),
-                   terminals=np.concatenate([e["terminated"] for e in parts]),
-                   timeouts=np.concatenate([e["truncated"] for e in parts])) | replace
+    columns = (
+        dict(
+            observations=np.concatenate([e["obs"][:-1] for e in parts]),
+            next_observations=np.concatenate([e["obs"][1:] for e in parts]),
+            actions=np.concatenate([e["action"] for e in parts]),
+            rewards=np.concatenate([e["reward"] for e in parts]),
+            terminals=np.concatenate([e["terminated"] for e in parts]),
+            timeouts=np.concatenate([e["truncated"] for e in parts]),
+        )
+        | replace
+    )
     if not complete:
         del columns["next_observations"]
     with h5py.File(path, "w") as file:
@@ -86,21 +116,36 @@ def test_minari_rows_are_aligned_and_tell_termination_from_truncation(root):
 def test_d4rl_file_and_minari_set_and_its_cache_give_the_same_tensors(root):
     save_minari("test/world-v0", episodes())
     path = save_d4rl(root / "world-medium-v2.hdf5", episodes())
-    first, cached, file = (common.load_dataset(name, "cpu") for name in ("test/world-v0", "test/world-v0", path))
+    first, cached, file = (
+        common.load_dataset(name, "cpu") for name in ("test/world-v0", "test/world-v0", path)
+    )
     assert (root / "minari" / "test" / "world-v0" / "columns.npz").exists()
     for other in (cached, file):
         assert all(torch.equal(getattr(first, key), getattr(other, key)) for key in common.COLUMNS)
-        assert first.score_range == other.score_range and common.env_id(first.env_spec) == common.env_id(other.env_spec)
+        assert first.score_range == other.score_range and common.env_id(
+            first.env_spec
+        ) == common.env_id(other.env_spec)
 
 
 def test_d4rl_file_without_next_observations_loses_the_rows_whose_next_state_is_unknown(root):
-    """The card's file: 3, 2 and 2 rows that end by termination, time limit, and not at all: 5 of 7 rows can be used."""
-    path = save_d4rl(root / "world.hdf5", episodes(("terminated", "truncated", "unfinished"), (3, 2, 2)), False)
+    """The card's file: 3, 2 and 2 rows that end by termination, time limit, and not at all: 5 of 7
+    rows can be used."""
+    path = save_d4rl(
+        root / "world.hdf5", episodes(("terminated", "truncated", "unfinished"), (3, 2, 2)), False
+    )
     data = common.load_dataset(path, "cpu")
     assert data.size == len(data.obs) == 5 and data.terminated.tolist() == [0, 0, 1, 0, 0]
     living = data.terminated == 0
-    torch.testing.assert_close(data.next_obs[living], (data.obs + data.action)[living], rtol=0, atol=5e-5)
-    assert data.episodes()[1].tolist() == [3, 4, 5] and data.truncated.tolist() == [False, False, False, True, False]
+    torch.testing.assert_close(
+        data.next_obs[living], (data.obs + data.action)[living], rtol=0, atol=5e-5
+    )
+    assert data.episodes()[1].tolist() == [3, 4, 5] and data.truncated.tolist() == [
+        False,
+        False,
+        False,
+        True,
+        False,
+    ]
 
 
 def test_scores_are_d4rls():
@@ -123,11 +168,13 @@ def test_actions_are_scaled_to_one_and_sampling_is_uniform(root):
     torch.manual_seed(0)
     data.obs[:, 0] = torch.arange(1000)
     counts = torch.bincount(data.sample(400_000).obs[:, 0].long(), minlength=1000).double()
-    assert counts.min() > 0 and abs(counts.std() - 20) < 2  # 400 ± √400 each, the first row and the last included
+    # 400 ± √400 each, the first row and the last included
+    assert counts.min() > 0 and abs(counts.std() - 20) < 2
 
 
 def test_evaluate_in_lockstep_equals_one_episode_at_a_time():
-    """Row i belongs to episode i to the end, also after others ended: the policy below depends on its row's history."""
+    """Row i belongs to episode i to the end, also after others ended: the policy below depends on
+    its row's history."""
     policy = lambda obs: torch.stack([obs[:, 1].cos(), obs[:, 4].sin(), obs[:, 8].cos()], dim=1)
     together = common.evaluate(policy, "Hopper-v5", 5, seed=3)
     alone = [common.evaluate(policy, "Hopper-v5", 1, seed=3 + i)[0] for i in range(5)]
@@ -144,7 +191,9 @@ def test_many_episodes_are_played_in_groups(monkeypatch):
     steps = sorted(seen)
     monkeypatch.setattr(common, "MAX_ENVS", 2)
     seen.clear()
-    np.testing.assert_allclose(common.evaluate(policy, "Hopper-v5", 5, seed=3, record=record), together, rtol=1e-6)
+    np.testing.assert_allclose(
+        common.evaluate(policy, "Hopper-v5", 5, seed=3, record=record), together, rtol=1e-6
+    )
     assert sorted(seen) == steps and set(steps) == set(range(5))
 
 
@@ -185,7 +234,11 @@ def test_what_is_kept_is_whole_episodes():
     data = tiny_data(12)
     reward = data.reward.clone()
     data.keep(np.r_[4:8, 8:12])
-    assert data.size == 8 and torch.equal(data.reward, reward[4:]) and data.episodes()[0].tolist() == [0, 4]
+    assert (
+        data.size == 8
+        and torch.equal(data.reward, reward[4:])
+        and data.episodes()[0].tolist() == [0, 4]
+    )
 
 
 def test_the_fingerprint_sees_every_column_and_is_quick():
@@ -198,8 +251,14 @@ def test_the_fingerprint_sees_every_column_and_is_quick():
         prints.append(data.describe()["fingerprint"])
     assert len(set(prints)) == 7 and data.describe()["fingerprint"] == prints[-1]
     n = 1_000_000
-    zeros = {"obs": torch.zeros(n, 11), "action": torch.zeros(n, 3), "reward": torch.zeros(n), "next_obs": torch.zeros(n, 11),
-             "terminated": torch.zeros(n), "truncated": torch.zeros(n, dtype=torch.bool)}
+    zeros = {
+        "obs": torch.zeros(n, 11),
+        "action": torch.zeros(n, 3),
+        "reward": torch.zeros(n),
+        "next_obs": torch.zeros(n, 11),
+        "terminated": torch.zeros(n),
+        "truncated": torch.zeros(n, dtype=torch.bool),
+    }
     data = common.Dataset("zeros", zeros, gym.spaces.Box(-1, 1, (3,)))
     began = time.process_time()
     data.describe()
@@ -223,14 +282,21 @@ def test_every_bad_dataset_gets_one_line(root, capsys, monkeypatch):
     (root / "world-cut.hdf5").write_bytes(open(whole, "rb").read()[:3000])
     assert "can't read" in load(str(root / "world-cut.hdf5"))
     assert "rewards" in load(_without(whole, root / "world-keys.hdf5", "rewards"))
-    assert "differ in length" in load(save_d4rl(root / "world-short.hdf5", episodes(), rewards=np.zeros(3, np.float32)))
-    assert "one number per row" in load(save_d4rl(root / "world-wide.hdf5", episodes(), rewards=np.zeros((11, 2), np.float32)))
+    assert "differ in length" in load(
+        save_d4rl(root / "world-short.hdf5", episodes(), rewards=np.zeros(3, np.float32))
+    )
+    assert "one number per row" in load(
+        save_d4rl(root / "world-wide.hdf5", episodes(), rewards=np.zeros((11, 2), np.float32))
+    )
     rewards = np.zeros(11, np.float32)
     rewards[7] = np.nan
     assert "[7]" in load(save_d4rl(root / "world-nan.hdf5", episodes(), rewards=rewards))
     shutil.copy(whole, root / "hopper-not.hdf5")
     assert "observations of shape (3,)" in load(str(root / "hopper-not.hdf5"))
-    nothing = {key: np.zeros((0, 3), np.float32) for key in ("observations", "next_observations", "actions")}
+    nothing = {
+        key: np.zeros((0, 3), np.float32)
+        for key in ("observations", "next_observations", "actions")
+    }
     nothing |= {key: np.zeros(0, np.float32) for key in ("rewards", "terminals", "timeouts")}
     assert "empty" in load(save_d4rl(root / "world-empty.hdf5", episodes(), True, **nothing))
     lone = episodes(("truncated",), (1,))
@@ -240,8 +306,15 @@ def test_every_bad_dataset_gets_one_line(root, capsys, monkeypatch):
                  terminated=np.array([False, True]), truncated=np.zeros(2, bool))]
     save_minari("test/cart-v0", cart, "CartPole-v1")
     assert "discrete actions" in load("test/cart-v0")
-    assert common.load_dataset("test/cart-v0", "cpu", discrete=True).sample(4).action.dtype == torch.int64
-    monkeypatch.setattr(minari, "download_dataset", lambda name: (_ for _ in ()).throw(ConnectionError("no network")))
+    assert (
+        common.load_dataset("test/cart-v0", "cpu", discrete=True).sample(4).action.dtype
+        == torch.int64
+    )
+    monkeypatch.setattr(
+        minari,
+        "download_dataset",
+        lambda name: (_ for _ in ()).throw(ConnectionError("no network")),
+    )
     assert "no network" in load("mujoco/hopper/expert-v0")
     monkeypatch.setattr(common, "COLLECT", root / "gone.py")
     assert "not built" in load("hopper-expert")
@@ -280,32 +353,43 @@ DIES_BEFORE_THE_END = """
 import os, signal, sys
 sys.path[:0] = ["results/behavior"]
 import collect
-collect.publish = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # all is written, nothing has its name
+# when it comes to publish, all is written and nothing has its name yet
+collect.publish = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 collect.build("pendulum", "random", 4000)
 """
 
 
 def test_building_is_atomic_and_repeatable(tmp_path, monkeypatch):
-    """Two builds at once both succeed; one killed before the end leaves nothing under the name; the same seed gives the same
-    data, however many processes collect it."""
+    """Two builds at once both succeed; one killed before the end leaves nothing under the name; the
+    same seed gives the same data, however many processes collect it."""
     here, there = (os.environ | {"MINARI_DATASETS_PATH": str(tmp_path / letter)} for letter in "ab")
-    both = [subprocess.Popen([*COLLECT, "pendulum-random", "4000"], env=here, stderr=subprocess.DEVNULL) for _ in range(2)]
+    both = [
+        subprocess.Popen([*COLLECT, "pendulum-random", "4000"], env=here, stderr=subprocess.DEVNULL)
+        for _ in range(2)
+    ]
     assert [process.wait(500) for process in both] == [0, 0]
     assert not list((tmp_path / "a").glob(".building-*"))
-    killed = subprocess.run([sys.executable, "-c", DIES_BEFORE_THE_END], cwd=ROOT, env=there, stderr=subprocess.DEVNULL)
+    killed = subprocess.run(
+        [sys.executable, "-c", DIES_BEFORE_THE_END], cwd=ROOT, env=there, stderr=subprocess.DEVNULL
+    )
     assert killed.returncode == -signal.SIGKILL
-    assert list((tmp_path / "b").glob(".building-*/local/pendulum/random-v0/columns.npz"))  # it had come that far
+    # it had come that far
+    assert list((tmp_path / "b").glob(".building-*/local/pendulum/random-v0/columns.npz"))
     assert not (tmp_path / "b" / "local").exists()
 
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "c"))
     build(monkeypatch, "pendulum", "random", 4000)
-    files = [dict(np.load(tmp_path / letter / "local" / "pendulum" / "random-v0" / "columns.npz")) for letter in "ac"]
+    files = [
+        dict(np.load(tmp_path / letter / "local" / "pendulum" / "random-v0" / "columns.npz"))
+        for letter in "ac"
+    ]
     assert len(files[0]["obs"]) == 4000
     assert all(np.array_equal(files[0][key], files[1][key]) for key in common.COLUMNS)
 
 
 def test_medium_is_reached_when_it_lasts(monkeypatch):
-    """A few lucky episodes do not count; the buffer of medium-replay then has the steps until there, each with its snapshot."""
+    """A few lucky episodes do not count; the buffer of medium-replay then has the steps until
+    there, each with its snapshot."""
     monkeypatch.syspath_prepend(str(ROOT / "results" / "behavior"))
     import choose
 
@@ -316,4 +400,9 @@ def test_medium_is_reached_when_it_lasts(monkeypatch):
     with pytest.raises(SystemExit):
         choose.step_of_medium(episodes[:60], 1000.0)
     steps = np.arange(1000, 8001, 1000)
-    assert choose.replay_buffer(steps, reached, 2500) == [[None, 2500], [2, 500], [3, 1000], [4, 1000]]
+    assert choose.replay_buffer(steps, reached, 2500) == [
+        [None, 2500],
+        [2, 500],
+        [3, 1000],
+        [4, 1000],
+    ]

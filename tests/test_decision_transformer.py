@@ -1,4 +1,5 @@
-"""Decision Transformer against a slow transformer, and what makes it one: causality, padding, returns-to-go, memory."""
+"""Decision Transformer against a slow transformer, and what makes it one: causality, padding,
+returns-to-go, memory."""
 import copy
 import json
 import math
@@ -23,17 +24,24 @@ from helpers import (
 
 @pytest.fixture(autouse=True)
 def small(exact, monkeypatch):
-    """Windows of 4 steps, two narrow layers with two heads, in float64; nobody plays 100 episodes."""
+    """Windows of 4 steps, two narrow layers with two heads, in float64; nobody plays 100
+    episodes."""
     for name, value in dict(CONTEXT=4, WIDTH=6, LAYERS=2, HEADS=2, MAX_STEPS=9).items():
         monkeypatch.setattr(dt, name, value)
     monkeypatch.setattr(dt, "evaluate", lambda *_: np.zeros(1))
 
 
 def window(lengths=(4, 2, 1), steps=4, obs_dim=3, action_dim=2):
-    """Random windows that have so many real steps, at random times; the padding on their left is random too."""
+    """Random windows that have so many real steps, at random times; the padding on their left is
+    random too."""
     num, real = len(lengths), torch.arange(steps) >= steps - torch.tensor(lengths)[:, None]
-    return Window(torch.randn(num, steps, obs_dim), 2 * torch.rand(num, steps, action_dim) - 1, torch.randn(num, steps),
-                  torch.randint(9, (num, steps)), real)
+    return Window(
+        torch.randn(num, steps, obs_dim),
+        2 * torch.rand(num, steps, action_dim) - 1,
+        torch.randn(num, steps),
+        torch.randint(9, (num, steps)),
+        real,
+    )
 
 
 def bold(*dims):
@@ -63,33 +71,59 @@ def slow_layer(layer, x):
 
 
 def slow_actions(actor, w, b):
-    """(E3) to (E6) of one window, token by token: the actions of its real steps only, (K, A) with None for padding."""
+    """(E3) to (E6) of one window, token by token: the actions of its real steps only, (K, A) with
+    None for padding."""
     tokens, is_real = [], []
     for i in range(len(w.to_go[b])):
         when = actor.embed_step.weight[w.step[b, i]].tolist()
-        for layer, x in ((actor.embed_to_go, [w.to_go[b, i].item()]), (actor.embed_obs, w.obs[b, i].tolist()),
-                         (actor.embed_action, w.action[b, i].tolist())):
-            tokens.append(slow_norm(actor.norm_tokens, [u + v for u, v in zip(slow_layer(layer, x), when, strict=True)]))
+        for layer, x in (
+            (actor.embed_to_go, [w.to_go[b, i].item()]),
+            (actor.embed_obs, w.obs[b, i].tolist()),
+            (actor.embed_action, w.action[b, i].tolist()),
+        ):
+            tokens.append(
+                slow_norm(
+                    actor.norm_tokens,
+                    [u + v for u, v in zip(slow_layer(layer, x), when, strict=True)],
+                )
+            )
             is_real.append(bool(w.real[b, i]))
     width = len(tokens[0])
     size = width // dt.HEADS
     for block in actor.blocks:
-        parts = [slow_layer(block.query_key_value, slow_norm(block.norm_attention, x)) for x in tokens]
+        parts = [
+            slow_layer(block.query_key_value, slow_norm(block.norm_attention, x)) for x in tokens
+        ]
         after = []
         for m, x in enumerate(tokens):
             found = []
             for head in range(dt.HEADS):
                 at = [n for n in range(m + 1) if is_real[n]] or [m]
                 starts = [j * width + head * size for j in range(3)]
-                query, key, value = ([part[start:start + size] for part in parts] for start in starts)
-                weight = [math.exp(sum(q * k for q, k in zip(query[m], key[n])) / math.sqrt(size)) for n in at]
-                found += [sum(u * value[n][d] for u, n in zip(weight, at)) / sum(weight) for d in range(size)]
+                query, key, value = (
+                    [part[start : start + size] for part in parts] for start in starts
+                )
+                weight = [
+                    math.exp(sum(q * k for q, k in zip(query[m], key[n])) / math.sqrt(size))
+                    for n in at
+                ]
+                found += [
+                    sum(u * value[n][d] for u, n in zip(weight, at)) / sum(weight)
+                    for d in range(size)
+                ]
             x = [u + v for u, v in zip(x, slow_layer(block.merge, found))]
             inner = [max(v, 0) for v in slow_layer(block.widen, slow_norm(block.norm_mlp, x))]
             after.append([u + v for u, v in zip(x, slow_layer(block.narrow, inner))])
         tokens = after
-    return [[math.tanh(u) for u in slow_layer(actor.head, slow_norm(actor.norm_final, tokens[3 * i + 1]))]
-            if is_real[3 * i] else None for i in range(len(tokens) // 3)]
+    return [
+        [
+            math.tanh(u)
+            for u in slow_layer(actor.head, slow_norm(actor.norm_final, tokens[3 * i + 1]))
+        ]
+        if is_real[3 * i]
+        else None
+        for i in range(len(tokens) // 3)
+    ]
 
 
 def test_the_transformer_equals_a_slow_one():
@@ -104,12 +138,18 @@ def test_the_transformer_equals_a_slow_one():
 
 
 def test_action_loss_equals_a_loop():
-    """(E7) with its gradient: an average over the 7 real steps of the three windows and over action dimensions."""
+    """(E7) with its gradient: an average over the 7 real steps of the three windows and over action
+    dimensions."""
     actor, w = bold(3, 2), window()
 
     def slow():
-        errors = [(u - v) ** 2 for b in range(3) for row, truth in zip(slow_actions(actor, w, b), w.action[b].tolist())
-                  if row for u, v in zip(row, truth, strict=True)]
+        errors = [
+            (u - v) ** 2
+            for b in range(3)
+            for row, truth in zip(slow_actions(actor, w, b), w.action[b].tolist())
+            if row
+            for u, v in zip(row, truth, strict=True)
+        ]
         assert len(errors) == 14
         return sum(errors) / 14
 
@@ -121,13 +161,16 @@ def test_action_loss_equals_a_loop():
 
 
 def test_padding_has_no_gradient_and_no_nan():
-    """A window of one real step: its padding sees nothing but itself, and changes neither loss nor gradient."""
+    """A window of one real step: its padding sees nothing but itself, and changes neither loss nor
+    gradient."""
     actor, w = bold(3, 2), window(lengths=(1,))
     gradients = []
     for scale in (1.0, 100.0):
         actor.zero_grad()
-        padded = w._replace(obs=torch.where(w.real[..., None], w.obs, scale * w.obs), action=torch.where(
-            w.real[..., None], w.action, -10 * scale))
+        padded = w._replace(
+            obs=torch.where(w.real[..., None], w.obs, scale * w.obs),
+            action=torch.where(w.real[..., None], w.action, -10 * scale),
+        )
         dt.action_loss(actor, padded, 0.0).backward()
         gradients.append(torch.cat([p.grad.flatten() for p in actor.parameters()]))
     assert gradients[0].isfinite().all() and gradients[0].abs().max() > 0
@@ -141,11 +184,14 @@ def test_loss_refuses_actions_of_another_shape():
 
 
 def test_causality_bit_for_bit():
-    """Neither the action of step t nor anything later touches what is said up to t; return-to-go and observation of t do."""
+    """Neither the action of step t nor anything later touches what is said up to t; return-to-go
+    and observation of t do."""
     actor, w = bold(3, 2), window(lengths=(4, 4))
     before = actor(w)
     for t in range(4):
-        later = w._replace(**{name: getattr(w, name).clone() for name in ("obs", "action", "to_go", "step")})
+        later = w._replace(
+            **{name: getattr(w, name).clone() for name in ("obs", "action", "to_go", "step")}
+        )
         later.action[:, t:] = torch.randn(2, 4 - t, 2)
         later.obs[:, t + 1:], later.to_go[:, t + 1:], later.step[:, t + 1:] = 9.0, -9.0, 1
         after = actor(later)
@@ -154,11 +200,15 @@ def test_causality_bit_for_bit():
         for name in ("obs", "to_go", "step"):
             changed = getattr(w, name).clone()
             changed[:, t] = (changed[:, t] + 1) % 9 if name == "step" else changed[:, t] + 1
-            assert ((actor(w._replace(**{name: changed})) != before).all(dim=2) == (torch.arange(4) >= t)).all()
+            assert (
+                (actor(w._replace(**{name: changed})) != before).all(dim=2)
+                == (torch.arange(4) >= t)
+            ).all()
 
 
 def test_what_tokens_see():
-    """(E4), the docstring's picture: a window of four steps, of which two are real; padding sees only itself."""
+    """(E4), the docstring's picture: a window of four steps, of which two are real; padding sees
+    only itself."""
     seen = dt.visible_tokens(torch.tensor([[False, False, True, True], [True] * 4]))
     assert seen.shape == (2, 1, 12, 12) and seen.dtype == torch.bool
     for m in range(12):
@@ -167,11 +217,15 @@ def test_what_tokens_see():
 
 
 def test_past_actions_are_seen():
-    """Step t + 1 reads the action of t: a return-to-go and an observation alone would be a reactive policy."""
+    """Step t + 1 reads the action of t: a return-to-go and an observation alone would be a reactive
+    policy."""
     actor, w = bold(3, 2), window(lengths=(4,))
     changed = w.action.clone()
     changed[:, 1] += 1
-    assert ((actor(w) != actor(w._replace(action=changed))).all(dim=2) == torch.tensor([False, False, True, True])).all()
+    assert (
+        (actor(w) != actor(w._replace(action=changed))).all(dim=2)
+        == torch.tensor([False, False, True, True])
+    ).all()
 
 
 def test_more_padding_changes_nothing():
@@ -197,18 +251,30 @@ def test_dropout_only_where_asked_for():
 
 
 def test_every_dropout_is_there(monkeypatch):
-    """Once on the tokens; in each layer on the attention weights and on what each half adds: with this rate."""
-    rates, drop, attend = [], torch.nn.functional.dropout, torch.nn.functional.scaled_dot_product_attention
+    """Once on the tokens; in each layer on the attention weights and on what each half adds: with
+    this rate."""
+    rates, drop, attend = (
+        [],
+        torch.nn.functional.dropout,
+        torch.nn.functional.scaled_dot_product_attention,
+    )
     monkeypatch.setattr(dt.F, "dropout", lambda x, p: rates.append((x.shape[1:], p)) or drop(x, p))
-    monkeypatch.setattr(dt.F, "scaled_dot_product_attention", lambda *a, attn_mask, dropout_p: (
-        rates.append(("attention", dropout_p)) or attend(*a, attn_mask=attn_mask, dropout_p=dropout_p)))
+    monkeypatch.setattr(
+        dt.F,
+        "scaled_dot_product_attention",
+        lambda *a, attn_mask, dropout_p: (
+            rates.append(("attention", dropout_p))
+            or attend(*a, attn_mask=attn_mask, dropout_p=dropout_p)
+        ),
+    )
     dt.action_loss(bold(3, 2), window(), 0.3)
     layer = [("attention", 0.3), ((12, 6), 0.3), ((12, 6), 0.3)]
     assert rates == [((12, 6), 0.3)] + 2 * layer
 
 
 def test_parameter_count_is_the_official_ones_but_for_what_is_unused(monkeypatch):
-    """727,695 in the official model for hopper: less its heads for state and return and its word embedding, it is ours [D1]."""
+    """727,695 in the official model for hopper: less its heads for state and return and its word
+    embedding, it is ours [D1]."""
     for name, value in dict(WIDTH=128, LAYERS=3, HEADS=1, MAX_STEPS=1000).items():
         monkeypatch.setattr(dt, name, value)
     assert len(flat(Actor(11, 3))) == 726_019 == 727_695 - (11 * 128 + 11) - 129 - 128
@@ -239,7 +305,8 @@ def episodes_data(*rewards, terminated=()):
 
 
 def test_returns_to_go():
-    """(E1): (1, 2, 3) is (6, 5, 3), whichever way episodes end, not discounted, and nothing of the next one."""
+    """(E1): (1, 2, 3) is (6, 5, 3), whichever way episodes end, not discounted, and nothing of the
+    next one."""
     data = episodes_data([1, 2, 3], [10], [-1, 0, 0, 5], terminated=(1,))
     places = dt.find_places(data, 1.0)
     assert_close(places.to_go, [6.0, 5, 3, 10, 4, 5, 5, 5])
@@ -269,7 +336,8 @@ def test_a_cut_off_episode_at_the_end_is_left_out(capsys):
 
 
 def test_windows_equal_a_loop():
-    """(E2): up to four rows from a start on, ending with the episode, at the right of the window; zeros before."""
+    """(E2): up to four rows from a start on, ending with the episode, at the right of the window;
+    zeros before."""
     data = episodes_data([1, 2, 3], [4] * 6, [7])
     places = dt.find_places(data, 1.0)
     rows = torch.cat([data.obs, data.action, places.to_go[:, None], places.step[:, None]], dim=1)
@@ -289,7 +357,8 @@ def test_windows_equal_a_loop():
 
 
 def test_episodes_are_drawn_by_length():
-    """Lengths 1 and 9: one window in ten is of the first; all starts are equally likely, and the last has one real step."""
+    """Lengths 1 and 9: one window in ten is of the first; all starts are equally likely, and the
+    last has one real step."""
     data = episodes_data([100.0], [1.0] * 9)
     w = dt.sample_windows(data, dt.find_places(data, 1.0), 20_000)
     first = w.to_go[torch.arange(20_000), w.real.int().argmax(dim=1)]
@@ -302,7 +371,8 @@ def test_episodes_are_drawn_by_length():
 
 
 def test_update_is_one_clipped_step():
-    """A gradient longer than clip_norm is shortened to it, one that is shorter stays; twice, with dropout's own draws."""
+    """A gradient longer than clip_norm is shortened to it, one that is shorter stays; twice, with
+    dropout's own draws."""
     data = tiny_data()
     places = dt.find_places(data, 1.0)
     for clip_norm in (0.01, 1e3):
@@ -335,41 +405,69 @@ def test_train_warms_up_and_decays_every_parameter(monkeypatch):
         return plain_update(args, data, places, actor, optimizer)
 
     monkeypatch.setattr(dt, "update", watched)
-    run = silent_train(monkeypatch, dt, tiny_data(), steps=5, batch_size=4, actor_lr=0.2, warmup_steps=4, weight_decay=0.03)
+    run = silent_train(
+        monkeypatch,
+        dt,
+        tiny_data(),
+        steps=5,
+        batch_size=4,
+        actor_lr=0.2,
+        warmup_steps=4,
+        weight_decay=0.03,
+    )
     assert_close(rates, [0.05, 0.1, 0.15, 0.2, 0.2])
     assert run.steps_that_moved("actor") == [1, 2, 3, 4, 5]
 
 
 def test_train_standardises_without_a_floor_and_asks_for_the_best(monkeypatch, capsys):
-    """The finished actor holds units, scale and the best return of a complete episode; the second request is half of it."""
+    """The finished actor holds units, scale and the best return of a complete episode; the second
+    request is half of it."""
     data = episodes_data([1, 2, 3], [8, 8, 8], [9] * 6)
     data.truncated[-1] = False  # the best is cut off
     raw = data.obs[:6].clone()
     asked = []
-    monkeypatch.setattr(dt, "evaluate", lambda player, *rest: asked.append((player.target, rest)) or np.array([5.0, 7.0]))
-    actor = silent_train(monkeypatch, dt, data, steps=1, batch_size=4, final_episodes=7, return_scale=50.0).actor
+    monkeypatch.setattr(
+        dt,
+        "evaluate",
+        lambda player, *rest: asked.append((player.target, rest)) or np.array([5.0, 7.0]),
+    )
+    actor = silent_train(
+        monkeypatch, dt, data, steps=1, batch_size=4, final_episodes=7, return_scale=50.0
+    ).actor
     assert_close(actor.obs_mean, raw.mean(0))
     assert_close(actor.obs_std, raw.std(0, correction=0) + 1e-6, 1e-12)
     assert_close(data.obs, (raw - actor.obs_mean) / actor.obs_std)
-    assert_close(actor.action_mid, data.action_mid), assert_close(actor.action_half, data.action_half)
+    (
+        assert_close(actor.action_mid, data.action_mid),
+        assert_close(actor.action_half, data.action_half),
+    )
     assert actor.target_return == 24 and actor.return_scale == 50
     (target, (env_spec, episodes, seed, device)), = asked
     assert (target, common.env_id(env_spec), episodes, seed) == (12.0, "Pendulum-v1", 7, 10**9)
-    assert "asks for a return of 24.0" in (said := capsys.readouterr().out) and "asked for 12.0: return 6.0 ± 1.0" in said
+    assert (
+        "asks for a return of 24.0" in (said := capsys.readouterr().out)
+        and "asked for 12.0: return 6.0 ± 1.0" in said
+    )
 
 
 @pytest.mark.parametrize("target, second", [(30.0, 15.0), (-30.0, -60.0)])
 def test_the_users_target_stands(monkeypatch, target, second):
     """Of costs the modest second request is twice, not half."""
     asked = []
-    monkeypatch.setattr(dt, "evaluate", lambda player, *rest: asked.append(player.target) or np.zeros(1))
-    actor = silent_train(monkeypatch, dt, tiny_data(), steps=1, batch_size=4, target_return=target).actor
+    monkeypatch.setattr(
+        dt, "evaluate", lambda player, *rest: asked.append(player.target) or np.zeros(1)
+    )
+    actor = silent_train(
+        monkeypatch, dt, tiny_data(), steps=1, batch_size=4, target_return=target
+    ).actor
     assert actor.target_return == target and asked == [second]
 
 
 def test_without_an_environment_nothing_is_played(monkeypatch):
     asked = []
-    monkeypatch.setattr(dt, "evaluate", lambda player, *rest: asked.append(player.target) or np.zeros(1))
+    monkeypatch.setattr(
+        dt, "evaluate", lambda player, *rest: asked.append(player.target) or np.zeros(1)
+    )
     data = tiny_data()
     data.env_spec = None
     silent_train(monkeypatch, dt, data, steps=1, batch_size=4)
@@ -377,8 +475,15 @@ def test_without_an_environment_nothing_is_played(monkeypatch):
 
 
 def test_targets_of_the_suite():
-    assert {name: tuned["target_return"] for name, tuned in dt.TUNED.items() if name.endswith("medium-replay")} == {
-        "hopper-medium-replay": 3600, "halfcheetah-medium-replay": 12000, "walker2d-medium-replay": 5000}
+    assert {
+        name: tuned["target_return"]
+        for name, tuned in dt.TUNED.items()
+        if name.endswith("medium-replay")
+    } == {
+        "hopper-medium-replay": 3600,
+        "halfcheetah-medium-replay": 12000,
+        "walker2d-medium-replay": 5000,
+    }
     assert len(dt.TUNED) == 15
 
 
@@ -386,7 +491,8 @@ def test_targets_of_the_suite():
 
 
 class Listener(torch.nn.Module):
-    """Stands in for the actor: keeps each window it is shown, and always says the same for a last step."""
+    """Stands in for the actor: keeps each window it is shown, and always says the same for a last
+    step."""
 
     def __init__(self, inner=None):
         super().__init__()
@@ -401,7 +507,8 @@ class Listener(torch.nn.Module):
 
 
 def play(player, steps, episodes=1, reward=1.0, ends=()):
-    """Starts it, calls it and tells it a reward of 1 each time, `steps` times; `ends` holds (time, episode) of terminations."""
+    """Starts it, calls it and tells it a reward of 1 each time, `steps` times; `ends` holds (time,
+    episode) of terminations."""
     alive, said = list(range(episodes)), []
     player.start(episodes)
     for t in range(steps):
@@ -415,38 +522,52 @@ def play(player, steps, episodes=1, reward=1.0, ends=()):
 
 
 def test_the_memory_is_a_sliding_window():
-    """Six steps with K = 4: standardised observations, own actions and rewards so far, the times in the episode."""
+    """Six steps with K = 4: standardised observations, own actions and rewards so far, the times in
+    the episode."""
     listener = Listener()
     said = play(Player(listener, 6.0), 6, episodes=2)
     assert_close(said[0], [[0.5 + 2 * 0.5, -1 - 3 * 0.5]] * 2)
     for t, w in enumerate(listener.seen):
         times = list(range(max(0, t - 3), t + 1))
-        assert w.step.tolist() == [times, times] and w.real.all() and w.real.shape == (2, len(times))
+        assert (
+            w.step.tolist() == [times, times] and w.real.all() and w.real.shape == (2, len(times))
+        )
         for i in range(2):
             raw = torch.stack([torch.arange(3.0) + 10 * u + 100 * i for u in times])
             assert_close(w.obs[i], (raw - listener.obs_mean) / listener.obs_std)
-            assert_close(w.to_go[i], [(6.0 - u * (i + 1)) / 2 for u in times])  # 6, then 5, ... of scale 2
+            # 6, then 5, ... of scale 2
+            assert_close(w.to_go[i], [(6.0 - u * (i + 1)) / 2 for u in times])
             assert_close(w.action[i], [[0.5, -0.5]] * (len(times) - 1) + [[0.0, 0.0]])
 
 
 def test_acting_equals_predicting_with_the_whole_story():
-    """What the player says at t is what the network says of the last K steps as they went, padded as in training."""
+    """What the player says at t is what the network says of the last K steps as they went, padded
+    as in training."""
     actor = bold(3, 2)
     player = actor.act
     player.target = 3.0
     listener = player.actor = Listener(actor)
-    said = [(action - listener.action_mid) / listener.action_half for action in play(player, 7, episodes=2)]
+    said = [
+        (action - listener.action_mid) / listener.action_half
+        for action in play(player, 7, episodes=2)
+    ]
     assert torch.stack(said).std() > 0.3
     for t in range(7):
         w, length = listener.seen[t], min(t + 1, 4)
-        padded = Window(*(torch.cat([part.new_zeros(2, 4 - length, *part.shape[2:]), part], dim=1) for part in w))
+        padded = Window(
+            *(
+                torch.cat([part.new_zeros(2, 4 - length, *part.shape[2:]), part], dim=1)
+                for part in w
+            )
+        )
         assert_close(actor(padded)[:, -1], said[t], 1e-10)
         if t:
             assert_close(w.action[:, -2], said[t - 1], 1e-12)
 
 
 def test_start_empties_the_memory():
-    """One that ended earlier is carried along, its request stays; then a new start, also with another number."""
+    """One that ended earlier is carried along, its request stays; then a new start, also with
+    another number."""
     listener = Listener()
     player = Player(listener, 6.0)
     play(player, 3, episodes=2, ends={(0, 0)})
@@ -474,13 +595,16 @@ def test_a_saved_policy_is_complete():
     copied.load_state_dict(actor.state_dict())
     before = torch.get_rng_state()
     one, two, other = play(actor.act, 6), play(copied.act, 6), play(Player(actor, 1.0), 6)
-    assert torch.equal(torch.stack(one), torch.stack(two)) and not torch.equal(torch.stack(one), torch.stack(other))
+    assert torch.equal(torch.stack(one), torch.stack(two)) and not torch.equal(
+        torch.stack(one), torch.stack(other)
+    )
     assert torch.equal(torch.get_rng_state(), before)
     assert not any(action.requires_grad for action in one)
 
 
 def test_act_is_one_player_and_a_copy_of_the_actor_has_its_own():
-    """actor.act(obs) at each step plays as act = actor.act does; what a copy plays and learns leaves the original alone."""
+    """actor.act(obs) at each step plays as act = actor.act does; what a copy plays and learns
+    leaves the original alone."""
     actor = bold(3, 2)
     actor.target_return.fill_(7.0)
     assert actor.act is actor.act and actor.act.actor is actor
@@ -511,18 +635,33 @@ def test_without_a_start_it_refuses():
 
 
 def test_load_policy_acts_like_the_run(monkeypatch, minari_root, tmp_path):
-    """The loaded policy earns, to the digit, what the run's own first evaluation did, and then again; also by hand, with
-    act.start and act.record; without start after the first episode, when its memory is not empty, it is another policy."""
+    """The loaded policy earns, to the digit, what the run's own first evaluation did, and then
+    again; also by hand, with act.start and act.record; without start after the first episode, when
+    its memory is not empty, it is another policy."""
     torch.set_default_dtype(torch.float32)
     monkeypatch.setattr(dt, "evaluate", common.evaluate)
-    dt.train(Args(env="pendulum-medium", steps=30, batch_size=16, actor_lr=1e-3, warmup_steps=1, eval_every=30,
-                  eval_episodes=3, final_episodes=1, device="cpu", out=str(tmp_path)))
+    dt.train(
+        Args(
+            env="pendulum-medium",
+            steps=30,
+            batch_size=16,
+            actor_lr=1e-3,
+            warmup_steps=1,
+            eval_every=30,
+            eval_episodes=3,
+            final_episodes=1,
+            device="cpu",
+            out=str(tmp_path),
+        )
+    )
     folder = tmp_path / "decision_transformer" / "pendulum-medium" / "seed0"
     want = json.loads((folder / "result.json").read_text())["curve"][0]["returns"]
     act, saved = common.load_policy(folder), torch.load(folder / "policy.pt", weights_only=True)
     for _ in range(2):
         assert common.evaluate(act, saved["env_spec"], 3, 0).tolist() == want
-    assert not (folder / "policy.pt2").exists(), "a policy with a memory is no function of the observation"
+    assert not (folder / "policy.pt2").exists(), (
+        "a policy with a memory is no function of the observation"
+    )
 
     def by_hand(start):
         env, total, ended = common.make_env(saved["env_spec"]), 0.0, False
@@ -530,7 +669,9 @@ def test_load_policy_acts_like_the_run(monkeypatch, minari_root, tmp_path):
         if start:
             act.start(1)
         while not ended:
-            obs, reward, terminated, truncated, _ = env.step(act(torch.as_tensor(obs)[None])[0].numpy())
+            obs, reward, terminated, truncated, _ = env.step(
+                act(torch.as_tensor(obs)[None])[0].numpy()
+            )
             act.record(0, float(reward))
             total, ended = total + float(reward), terminated or truncated
         return total
@@ -555,13 +696,16 @@ def test_it_can_learn_an_episode_by_heart(monkeypatch):
     data = episodes_data(list(torch.randn(12)))
     losses = []
     plain_update = dt.update
-    monkeypatch.setattr(dt, "update", lambda *a, **b: losses.append(plain_update(*a, **b)["action_loss"]) or {})
+    monkeypatch.setattr(
+        dt, "update", lambda *a, **b: losses.append(plain_update(*a, **b)["action_loss"]) or {}
+    )
     learn(data, monkeypatch, steps=400, batch_size=12, weight_decay=0.0, actor_lr=8e-3)
     assert torch.stack(losses[-20:]).max() < 1e-4 < losses[0]
 
 
 def test_it_does_what_it_is_asked_for(monkeypatch):
-    """C16 in one state: actions of -0.8 earn 0, of 0.8 earn 1. A clone does the mean, DT what belongs to the request."""
+    """C16 in one state: actions of -0.8 earn 0, of 0.8 earn 1. A clone does the mean, DT what
+    belongs to the request."""
     data = episodes_data(*[[float(i % 2)] for i in range(40)])
     data.obs.zero_()
     data.action[:] = 1.6 * (torch.arange(40) % 2)[:, None] - 0.8

@@ -1,5 +1,5 @@
-"""DQN and Double DQN against slow loops, on a tabular problem whose answer value iteration knows, on images, and online as
-results/behavior/train.py runs it."""
+"""DQN and Double DQN against slow loops, on a tabular problem whose answer value iteration knows,
+on images, and online as results/behavior/train.py runs it."""
 import copy
 import importlib.util
 
@@ -42,7 +42,9 @@ def slow_huber(x: float) -> float:
 
 
 def slow_loss(q_net, batch, y) -> float:
-    errors = [slow_mlp(q_net.net, batch.obs[b])[int(batch.action[b])] - float(y[b]) for b in range(len(y))]
+    errors = [
+        slow_mlp(q_net.net, batch.obs[b])[int(batch.action[b])] - float(y[b]) for b in range(len(y))
+    ]
     return sum(map(slow_huber, errors)) / len(errors)
 
 
@@ -51,14 +53,20 @@ def slow_loss(q_net, batch, y) -> float:
 
 @pytest.mark.parametrize("double", [False, True])
 def test_td_target_equals_a_loop(double):
-    """The value is the frozen network's; the action is that network's best, or with --double the learned one's."""
+    """The value is the frozen network's; the action is that network's best, or with --double the
+    learned one's."""
     batch, q_net, q_target = discrete_batch(), make(QNetwork, (3,), 3), make(QNetwork, (3,), 3)
     expected, others = [], 0
     for b in range(4):
-        frozen, learned = slow_mlp(q_target.net, batch.next_obs[b]), slow_mlp(q_net.net, batch.next_obs[b])
+        frozen, learned = (
+            slow_mlp(q_target.net, batch.next_obs[b]),
+            slow_mlp(q_net.net, batch.next_obs[b]),
+        )
         chosen = (learned if double else frozen).index(max(learned if double else frozen))
         others += learned.index(max(learned)) != frozen.index(max(frozen))
-        expected.append(float(batch.reward[b]) + 0.9 * (1 - float(batch.terminated[b])) * frozen[chosen])
+        expected.append(
+            float(batch.reward[b]) + 0.9 * (1 - float(batch.terminated[b])) * frozen[chosen]
+        )
     assert others > 0, "the test's own premise: the networks prefer different actions"
     y = dqn.td_target(q_net, q_target, batch, Args(gamma=0.9, double=double))
     assert_close(y, expected)
@@ -71,13 +79,19 @@ def test_maximum_is_per_transition_and_only_termination_stops_the_bootstrap():
     q = lambda obs: obs @ table
     batch = tiny_batch((0, 1))._replace(reward=torch.ones(2), next_obs=torch.eye(2))
     assert_close(dqn.td_target(q, q, batch, Args(gamma=0.5)), [3.5, 1.0])
-    assert_close(dqn.td_target(q, q, batch._replace(terminated=torch.zeros(2)), Args(gamma=0.5)), [3.5, 4.5])
+    assert_close(
+        dqn.td_target(q, q, batch._replace(terminated=torch.zeros(2)), Args(gamma=0.5)), [3.5, 4.5]
+    )
 
 
 def test_double_dqn_by_hand():
-    """Q prefers the first action, Q̄ the second, whose value it overestimates: 1 + γ·1, in place of 1 + γ·5."""
+    """Q prefers the first action, Q̄ the second, whose value it overestimates: 1 + γ·1, in place of
+    1 + γ·5."""
     batch = tiny_batch((0,))._replace(reward=torch.ones(1), next_obs=torch.ones(1, 1))
-    learned, frozen = (lambda obs: torch.tensor([[3.0, 2.0]])), (lambda obs: torch.tensor([[1.0, 5.0]]))
+    learned, frozen = (
+        (lambda obs: torch.tensor([[3.0, 2.0]])),
+        (lambda obs: torch.tensor([[1.0, 5.0]])),
+    )
     assert_close(dqn.td_target(learned, frozen, batch, Args(gamma=0.5, double=True)), [1.5])
     assert_close(dqn.td_target(learned, frozen, batch, Args(gamma=0.5)), [3.5])
 
@@ -85,9 +99,14 @@ def test_double_dqn_by_hand():
 def test_double_dqn_with_equal_networks_is_dqn():
     """Bit for bit; and it is never above DQN's target when they differ."""
     batch, q_net, q_target = discrete_batch(), make(QNetwork, (3,), 3), make(QNetwork, (3,), 3)
-    equal = [dqn.td_target(q_net, copy.deepcopy(q_net), batch, Args(double=double)) for double in (False, True)]
+    equal = [
+        dqn.td_target(q_net, copy.deepcopy(q_net), batch, Args(double=double))
+        for double in (False, True)
+    ]
     assert torch.equal(*equal)
-    plain, double = (dqn.td_target(q_net, q_target, batch, Args(double=double)) for double in (False, True))
+    plain, double = (
+        dqn.td_target(q_net, q_target, batch, Args(double=double)) for double in (False, True)
+    )
     assert (double <= plain).all() and (double < plain).any()
 
 
@@ -108,7 +127,9 @@ def test_critic_loss_and_its_gradient_equal_a_loop():
     assert_gradient(q_net.net[-1].bias, lambda: slow_loss(q_net, batch, y))
 
 
-@pytest.mark.parametrize("error, value, slope", [(0.5, 0.125, 0.5), (1.0, 0.5, 1.0), (-3.0, 2.5, -1.0)])
+@pytest.mark.parametrize(
+    "error, value, slope", [(0.5, 0.125, 0.5), (1.0, 0.5, 1.0), (-3.0, 2.5, -1.0)]
+)
 def test_huber_by_hand(error, value, slope):
     q = torch.tensor([[error, 100.0]], requires_grad=True)
     loss, _, _ = dqn.critic_loss(lambda obs: q, discrete_batch((0,)), torch.zeros(1))
@@ -127,7 +148,8 @@ def test_critic_loss_refuses_a_column_of_targets():
 
 @pytest.mark.parametrize("double", [False, True])
 def test_update_is_the_algorithm_box(double):
-    """A step on the loss against the frozen network; then, in its turn, a hard copy of what was just learnt."""
+    """A step on the loss against the frozen network; then, in its turn, a hard copy of what was
+    just learnt."""
     args, data = Args(batch_size=4, gamma=0.9, double=double), tiny_discrete_data()
     q_net, q_target = make(QNetwork, (3,), 3), make(QNetwork, (3,), 3)
     q, target = copy.deepcopy(q_net), copy.deepcopy(q_target)
@@ -151,11 +173,18 @@ def test_update_is_the_algorithm_box(double):
 
 @pytest.mark.parametrize("double, variant", [(False, ""), (True, "-double")])
 def test_the_variant_has_a_folder_of_its_own(monkeypatch, double, variant):
-    assert silent_train(monkeypatch, dqn, tiny_discrete_data(), steps=1, batch_size=4, double=double).variant == variant
+    assert (
+        silent_train(
+            monkeypatch, dqn, tiny_discrete_data(), steps=1, batch_size=4, double=double
+        ).variant
+        == variant
+    )
 
 
 def test_train_copies_the_target_on_time(monkeypatch):
-    run = silent_train(monkeypatch, dqn, tiny_discrete_data(), steps=9, batch_size=4, target_every=3)
+    run = silent_train(
+        monkeypatch, dqn, tiny_discrete_data(), steps=9, batch_size=4, target_every=3
+    )
     assert run.steps_that_moved("q_net") == list(range(1, 10))
     assert run.steps_that_moved("q_target") == [3, 6, 9]
     assert torch.equal(run.history[0]["q_net"], run.history[0]["q_target"])
@@ -164,15 +193,23 @@ def test_train_copies_the_target_on_time(monkeypatch):
 
 
 def test_it_finds_what_value_iteration_finds(monkeypatch):
-    """A chain of five states seen in full: left leads home for 0.2, right leads four steps on to 1."""
+    """A chain of five states seen in full: left leads home for 0.2, right leads four steps on to
+    1."""
     gamma, num, actions = 0.8, 5, 2
     rows, Q = [], np.zeros((num, actions))
     for state in range(num):
         for action in range(actions):
             next_state = state + 1 if action else max(state - 1, 0)
             ended = next_state == num or (state == 0 and not action)
-            rows.append((state, action, min(next_state, num - 1), float(next_state == num) + 0.2 * (state == 0 and not action),
-                         float(ended)))
+            rows.append(
+                (
+                    state,
+                    action,
+                    min(next_state, num - 1),
+                    float(next_state == num) + 0.2 * (state == 0 and not action),
+                    float(ended),
+                )
+            )
     for _ in range(200):
         for state, action, next_state, reward, ended in rows:
             Q[state, action] = reward + gamma * (1 - ended) * Q[next_state].max()
@@ -184,12 +221,24 @@ def test_it_finds_what_value_iteration_finds(monkeypatch):
     one_hot = torch.eye(num)
     data.obs, data.action, data.next_obs, data.reward, data.terminated = (
         one_hot[state], action, one_hot[next_state], reward, ended)
-    run = silent_train(monkeypatch, dqn, data, steps=3000, batch_size=20, gamma=gamma, learning_rate=0.01, target_every=20)
+    run = silent_train(
+        monkeypatch,
+        dqn,
+        data,
+        steps=3000,
+        batch_size=20,
+        gamma=gamma,
+        learning_rate=0.01,
+        target_every=20,
+    )
     learnt = run.actor(one_hot).detach()
     assert_close(learnt, Q, 0.01)
     assert run.actor.act(one_hot).tolist() == [1] * num
     batch, best = data.rows(torch.arange(len(rows))), lambda obs: obs @ torch.tensor(Q)
-    assert dqn.critic_loss(best, batch, dqn.td_target(best, best, batch, Args(gamma=gamma)))[0] < 1e-20  # zero at Q*
+    # zero at Q*
+    assert (
+        dqn.critic_loss(best, batch, dqn.td_target(best, best, batch, Args(gamma=gamma)))[0] < 1e-20
+    )
 
 
 # ---- acting
@@ -218,9 +267,11 @@ def test_train_passes_on_where_actions_start(monkeypatch):
 def test_images_come_out_channels_first_and_scaled():
     """Of each layout, pixel by pixel; a square image's axes keep their order."""
     frames, image = dqn.Frames(), torch.randint(256, (2, 40, 50, 3), dtype=torch.uint8)
-    for shape, recorded, at in (((3, 40, 50), image.permute(0, 3, 1, 2), lambda b, c, y, x: image[b, y, x, c]),
-                                ((40, 50, 3), image, lambda b, c, y, x: image[b, y, x, c]),
-                                ((40, 50), image[..., 0], lambda b, c, y, x: image[b, y, x, 0])):
+    for shape, recorded, at in (
+        ((3, 40, 50), image.permute(0, 3, 1, 2), lambda b, c, y, x: image[b, y, x, c]),
+        ((40, 50, 3), image, lambda b, c, y, x: image[b, y, x, c]),
+        ((40, 50), image[..., 0], lambda b, c, y, x: image[b, y, x, 0]),
+    ):
         out = frames(recorded)
         assert out.shape[1:] == dqn.channels_first(shape) and recorded.shape[1:] == shape
         for b, c, y, x in ((0, 0, 0, 0), (1, out.shape[1] - 1, 39, 49), (1, 0, 7, 30)):
@@ -235,7 +286,9 @@ def test_image_shapes_that_fit(shape):
         assert q_net.net[8].in_features == 3136, "the Nature network's"
 
 
-@pytest.mark.parametrize("shape", [(35, 84), (3, 35, 84), (84, 35, 3), (84, 4, 84), (40, 40, 40), (4, 84, 84, 3)])
+@pytest.mark.parametrize(
+    "shape", [(35, 84), (3, 35, 84), (84, 35, 3), (84, 4, 84), (40, 40, 40), (4, 84, 84, 3)]
+)
 def test_other_image_shapes_are_refused_in_one_line(shape, capsys):
     with pytest.raises(SystemExit) as stop:
         QNetwork(shape, 5)
@@ -245,11 +298,25 @@ def test_other_image_shapes_are_refused_in_one_line(shape, capsys):
 
 @pytest.mark.parametrize("shape", [(4, 84, 84), (44, 60, 3), (60, 44)])
 def test_it_learns_from_images_in_each_layout(monkeypatch, tmp_path, shape):
-    """A Minari set of bytes: read, learnt from, saved and solved, with rewards of 10 counted as 1, actions 3 and 4."""
+    """A Minari set of bytes: read, learnt from, saved and solved, with rewards of 10 counted as 1,
+    actions 3 and 4."""
     torch.set_default_dtype(torch.float32)
     name, _ = build_pixels(monkeypatch, tmp_path, shape)
-    dqn.train(Args(env=name, steps=60, batch_size=16, learning_rate=1e-3, target_every=10, gamma=0.5, device="cpu",
-                   out=str(tmp_path / "runs"), eval_every=60, eval_episodes=1, final_episodes=4))
+    dqn.train(
+        Args(
+            env=name,
+            steps=60,
+            batch_size=16,
+            learning_rate=1e-3,
+            target_every=10,
+            gamma=0.5,
+            device="cpu",
+            out=str(tmp_path / "runs"),
+            eval_every=60,
+            eval_episodes=1,
+            final_episodes=4,
+        )
+    )
     folder = next((tmp_path / "runs" / "dqn").iterdir()) / "seed0"
     act = common.load_policy(folder)
     env_spec = gym.make("Pixels-v0", shape=list(shape)).spec.to_json()
@@ -265,7 +332,9 @@ def test_it_learns_from_images_in_each_layout(monkeypatch, tmp_path, shape):
 
 @pytest.fixture(scope="module")
 def behavior():
-    spec = importlib.util.spec_from_file_location("behavior_train", ROOT / "results" / "behavior" / "train.py")
+    spec = importlib.util.spec_from_file_location(
+        "behavior_train", ROOT / "results" / "behavior" / "train.py"
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -273,11 +342,15 @@ def behavior():
 
 def test_exploration_falls_along_a_line(behavior):
     for step, epsilon in ((0, 1.0), (100, 1.0), (600, 0.55), (1100, 0.1), (5000, 0.1)):
-        assert_close(behavior.exploration(step, random_steps=100, epsilon_steps=1000, final_epsilon=0.1), epsilon)
+        assert_close(
+            behavior.exploration(step, random_steps=100, epsilon_steps=1000, final_epsilon=0.1),
+            epsilon,
+        )
 
 
 def live(behavior, env_id, steps, random_steps, best, monkeypatch, seed=0) -> common.Batch:
-    """What the buffer holds after so many steps of a network that always prefers action `best`, with ε 0 in the end."""
+    """What the buffer holds after so many steps of a network that always prefers action `best`,
+    with ε 0 in the end."""
     torch.set_default_dtype(torch.float32)
     monkeypatch.setattr(behavior, "exploration", lambda step, random: float(step <= random))
     env = common.make_env(env_id)
@@ -305,7 +378,8 @@ def test_interact_stores_what_happened(behavior, monkeypatch):
     assert (seen.action[1000:] == 1).all() and seen.action.dtype == torch.int64
     chained = (seen.obs[1:] == seen.next_obs[:-1]).all(1)
     assert torch.equal(chained, seen.terminated[:-1] == 0), "none of these episodes lasts 500 steps"
-    fallen = (seen.next_obs[:, 2].abs() > 12 * np.pi / 180) | (seen.next_obs[:, 0].abs() > 2.4)  # CartPole's definition
+    # CartPole's definition
+    fallen = (seen.next_obs[:, 2].abs() > 12 * np.pi / 180) | (seen.next_obs[:, 0].abs() > 2.4)
     assert torch.equal(fallen, seen.terminated.bool()) and fallen.any()
 
 
@@ -318,7 +392,8 @@ def test_a_time_limit_is_not_a_termination(behavior, monkeypatch):
 
 
 def test_online_dqn_trains_snapshots_and_resumes(behavior, tmp_path):
-    """150 steps and 150 more are 300 but for the episode that the break cuts off; snapshots hold weights and ε."""
+    """150 steps and 150 more are 300 but for the episode that the break cuts off; snapshots hold
+    weights and ε."""
     torch.set_default_dtype(torch.float32)
     settings = dict(seed=0, batch_size=16, random_steps=100, snapshot_every=50, root=tmp_path)
     behavior.train("cartpole", steps=150, resume=False, **settings)
@@ -327,16 +402,26 @@ def test_online_dqn_trains_snapshots_and_resumes(behavior, tmp_path):
     behavior.train("cartpole", steps=300, resume=True, **settings)
     saved = torch.load(path, weights_only=True)
     assert [one["step"] for one in saved["snapshots"]] == [50, 100, 150, 200, 250, 300]
-    assert torch.equal(saved["buffer"]["obs"][:150], half["buffer"]["obs"]) and len(saved["buffer"]["obs"]) == 300
+    assert (
+        torch.equal(saved["buffer"]["obs"][:150], half["buffer"]["obs"])
+        and len(saved["buffer"]["obs"]) == 300
+    )
     weights = [one["0.weight"] for one in saved["snapshots"]]
-    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[1], weights[2]), "no update in the random steps"
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[1], weights[2]), (
+        "no update in the random steps"
+    )
     assert_close(saved["snapshots"][-1]["epsilon"], behavior.exploration(300, 100))
 
 
 def test_a_stack_of_colour_images_is_refused_not_flattened(monkeypatch, tmp_path, capsys):
     """Four axes fit no network here; as a vector they would train, on 84,672 inputs."""
-    np.savez(tmp_path / "stack.npz", observations=np.zeros((4, 2, 40, 40, 3), np.uint8), actions=np.zeros(4, np.int64),
-             rewards=np.zeros(4), terminals=np.arange(4) % 2)
+    np.savez(
+        tmp_path / "stack.npz",
+        observations=np.zeros((4, 2, 40, 40, 3), np.uint8),
+        actions=np.zeros(4, np.int64),
+        rewards=np.zeros(4),
+        terminals=np.arange(4) % 2,
+    )
     with pytest.raises(SystemExit):
         dqn.train(Args(env=str(tmp_path / "stack.npz"), device="cpu", steps=1, out=str(tmp_path)))
     assert "images of shape (2, 40, 40, 3) do not fit" in capsys.readouterr().err.splitlines()[-1]

@@ -50,7 +50,8 @@ def networks(num=N):
 
 
 def slow_similarity(critic, obs, action, eps=1e-6):
-    """(E3), (E4) at one transition: slopes by finite differences, cosines of all pairs i ≠ j one after the other."""
+    """(E3), (E4) at one transition: slopes by finite differences, cosines of all pairs i ≠ j one
+    after the other."""
     num, slopes = len(critic.layers[0].weight), []
     for k in range(num):
         slope = []
@@ -62,7 +63,8 @@ def slow_similarity(critic, obs, action, eps=1e-6):
                 q.append(slow_critic(critic, k, obs, moved))
             slope.append((q[0] - q[1]) / (2 * eps))
         slopes.append(slope)
-    norms = [math.sqrt(sum(v * v for v in slope)) or 1.0 for slope in slopes]  # a slope of zero has no direction
+    # a slope of zero has no direction
+    norms = [math.sqrt(sum(v * v for v in slope)) or 1.0 for slope in slopes]
     total = 0.0
     for i in range(num):
         for j in range(num):
@@ -96,7 +98,11 @@ def similarity(critic, batch):
 
 def test_sample_action_equals_a_loop(monkeypatch):
     """(E1): tanh of a Gaussian with −5 ≤ log σ ≤ 2."""
-    actor, obs, draws = make(Actor, 3, 2), torch.randn(4, 3), record_draws(monkeypatch, "randn_like")
+    actor, obs, draws = (
+        make(Actor, 3, 2),
+        torch.randn(4, 3),
+        record_draws(monkeypatch, "randn_like"),
+    )
     action, log_prob = edac.sample_action(*actor(obs))
     expected = [slow_sample(actor, obs[b], draws[0][b], -5.0) for b in range(4)]
     assert_close(action, [a for a, _ in expected])
@@ -106,7 +112,8 @@ def test_sample_action_equals_a_loop(monkeypatch):
 
 
 def test_soft_td_target_equals_a_loop(monkeypatch):
-    """(E2): one action per next observation, the smallest of all N, minus α log π; nothing after a termination."""
+    """(E2): one action per next observation, the smallest of all N, minus α log π; nothing after a
+    termination."""
     (actor, critic, *_), batch, expected, smallest = networks(), tiny_batch(), [], set()
     draws = record_draws(monkeypatch, "randn_like")
     y = edac.soft_td_target(actor, critic, torch.tensor(0.3), batch, 0.9)
@@ -122,21 +129,33 @@ def test_soft_td_target_equals_a_loop(monkeypatch):
 
 @pytest.mark.parametrize("weight", [0.0, 1.7])
 def test_critic_loss_equals_a_loop(weight):
-    """(E3) to (E5): squared errors summed over critics and averaged over transitions, plus η times the similarity."""
+    """(E3) to (E5): squared errors summed over critics and averaged over transitions, plus η times
+    the similarity."""
     critic, batch, y = networks()[1], tiny_batch(), torch.randn(4)
-    q = [[slow_critic(critic, k, batch.obs[b], batch.action[b].tolist()) for b in range(4)] for k in range(N)]
+    q = [
+        [slow_critic(critic, k, batch.obs[b], batch.action[b].tolist()) for b in range(4)]
+        for k in range(N)
+    ]
     squares = sum((q[k][b] - float(y[b])) ** 2 / 4 for k in range(N) for b in range(4))
     alike = sum(slow_similarity(critic, batch.obs[b], batch.action[b]) for b in range(4)) / 4
     loss, metrics = loss_of(critic, batch, y, weight)
     assert_close(loss, squares + weight * alike, 1e-6)
     assert_close(metrics.pop("q_data"), sum(map(sum, q)) / 4 / N)
-    spread = [math.sqrt(sum((q[k][b] - sum(q[j][b] for j in range(N)) / N) ** 2 for k in range(N)) / N) for b in range(4)]
+    spread = [
+        math.sqrt(sum((q[k][b] - sum(q[j][b] for j in range(N)) / N) ** 2 for k in range(N)) / N)
+        for b in range(4)
+    ]
     assert_close(metrics.pop("q_spread"), sum(spread) / 4)
-    assert_close(torch.stack([*metrics.values()]) if metrics else torch.zeros(0), [alike] if weight else [], 1e-6)
+    assert_close(
+        torch.stack([*metrics.values()]) if metrics else torch.zeros(0),
+        [alike] if weight else [],
+        1e-6,
+    )
 
 
 def test_gradient_of_the_similarity():
-    """(E4) trains the critics: its gradient against a finite difference of the finite differences."""
+    """(E4) trains the critics: its gradient against a finite difference of the finite
+    differences."""
     critic, batch = networks(num=3)[1], tiny_batch()
     other = copy.deepcopy(critic)
     y = torch.randn(4)
@@ -149,7 +168,10 @@ def test_gradient_of_the_similarity():
             values = []
             for shift in (1e-4, -2e-4):
                 critic.layers[-1].weight.data[k, i, 0] += shift
-                values.append(sum(slow_similarity(critic, batch.obs[b], batch.action[b]) for b in range(4)) / 4)
+                values.append(
+                    sum(slow_similarity(critic, batch.obs[b], batch.action[b]) for b in range(4))
+                    / 4
+                )
             critic.layers[-1].weight.data[k, i, 0] += 1e-4
             assert_close(got[k, i, 0], (values[0] - values[1]) / 2e-4, 1e-4)
 
@@ -172,7 +194,11 @@ def test_actor_loss_equals_a_loop(monkeypatch):
     def slow():
         samples = [slow_sample(actor, obs[b], draws[0][b], -5.0) for b in range(4)]
         q = [[slow_critic(critic, k, obs[b], samples[b][0]) for k in range(N)] for b in range(4)]
-        return sum(0.3 * samples[b][1] - min(q[b]) for b in range(4)) / 4, [lp for _, lp in samples], sum(map(sum, q)) / 4 / N
+        return (
+            sum(0.3 * samples[b][1] - min(q[b]) for b in range(4)) / 4,
+            [lp for _, lp in samples],
+            sum(map(sum, q)) / 4 / N,
+        )
 
     for got, want in zip((loss, log_prob, q_policy), slow()):
         assert_close(got, want, 1e-6)
@@ -202,19 +228,28 @@ def test_each_member_starts_as_a_network_of_its_own():
 
 
 def test_termination_stops_the_bootstrap():
-    """Where the task is over, y is the reward whatever s′, γ and α; the entropy after the end doesn't count either."""
+    """Where the task is over, y is the reward whatever s′, γ and α; the entropy after the end
+    doesn't count either."""
     (actor, critic, *_), batch = networks(), tiny_batch(terminated=(1, 1, 1, 1))
     for gamma, alpha in ((0.5, 0.0), (0.99, 3.0)):
-        assert torch.equal(edac.soft_td_target(actor, critic, torch.tensor(alpha), batch, gamma), batch.reward)
+        assert torch.equal(
+            edac.soft_td_target(actor, critic, torch.tensor(alpha), batch, gamma), batch.reward
+        )
 
 
 def test_the_minimum_of_n_falls_with_n():
-    """Of N standard Gaussians per transition the smallest is −0.564 on average for N = 2 (−1/√π), −1.539 for N = 10."""
+    """Of N standard Gaussians per transition the smallest is −0.564 on average for N = 2 (−1/√π),
+    −1.539 for N = 10."""
     batch = tiny_batch([0.0] * 100_000, action_dim=1)._replace(reward=torch.zeros(100_000))
     for num, expected in ((1, 0.0), (2, -1 / math.sqrt(math.pi)), (10, -1.5388)):
         q = torch.randn(num, 100_000)
-        y = edac.soft_td_target(lambda obs: (torch.zeros(100_000, 1),) * 2, lambda obs, action, q=q: q, torch.tensor(0.0),
-                                batch, 1.0)
+        y = edac.soft_td_target(
+            lambda obs: (torch.zeros(100_000, 1),) * 2,
+            lambda obs, action, q=q: q,
+            torch.tensor(0.0),
+            batch,
+            1.0,
+        )
         assert_close(y.mean(), expected, 0.02)
 
 
@@ -222,7 +257,8 @@ def test_the_minimum_of_n_falls_with_n():
 
 
 def test_equal_critics_have_similarity_n_and_opposite_ones_minus_n_over_n_minus_1():
-    """All slopes alike: N. Two opposite ones: −2. Three at 120°: −3/2, the least that three can have."""
+    """All slopes alike: N. Two opposite ones: −2. Three at 120°: −3/2, the least that three can
+    have."""
     critic, batch = networks()[1], tiny_batch()
     for parameter in critic.parameters():
         parameter.data.copy_(parameter.data[:1].clone().expand_as(parameter))
@@ -233,10 +269,16 @@ def test_equal_critics_have_similarity_n_and_opposite_ones_minus_n_over_n_minus_
 
 
 def test_linear_critics():
-    """Q_k = w_k · a: mean over pairs of cos(w_i, w_j), times N; and its gradient by another road."""
+    """Q_k = w_k · a: mean over pairs of cos(w_i, w_j), times N; and its gradient by another
+    road."""
     weight, batch = torch.randn(4, 2), tiny_batch()
     critic = LinearCritic(weight)
-    cosines = [torch.nn.functional.cosine_similarity(weight[i], weight[j], dim=0) for i in range(4) for j in range(4) if i != j]
+    cosines = [
+        torch.nn.functional.cosine_similarity(weight[i], weight[j], dim=0)
+        for i in range(4)
+        for j in range(4)
+        if i != j
+    ]
     assert_close(similarity(critic, batch), sum(cosines) / 3)
     loss = [loss_of(critic, batch, torch.zeros(4), eta)[0] for eta in (1.0, 0.0)]
     got = torch.autograd.grad(loss[0] - loss[1], critic.weight)[0]
@@ -275,10 +317,13 @@ def test_with_one_action_dimension_there_is_nothing_to_turn():
 
 
 def test_the_similarity_makes_critics_different():
-    """Minimised alone, from critics that are nearly alike, it turns their slopes apart; the data's action stays as it is."""
+    """Minimised alone, from critics that are nearly alike, it turns their slopes apart; the data's
+    action stays as it is."""
     critic, batch = lively(3), tiny_batch()
     for parameter in critic.parameters():
-        parameter.data.copy_(parameter.data[:1].clone().expand_as(parameter) + 0.02 * torch.randn_like(parameter))
+        parameter.data.copy_(
+            parameter.data[:1].clone().expand_as(parameter) + 0.02 * torch.randn_like(parameter)
+        )
     before, action = similarity(critic, batch), batch.action.clone()
     optimizer = torch.optim.Adam(critic.parameters(), lr=3e-3)
     for _ in range(40):
@@ -296,19 +341,28 @@ def one_update(algorithm, nets, **args):
     nets = copy.deepcopy(nets)
     if algorithm is edac:
         args["num_critics"] = len(nets[1].layers[0].weight)
-    metrics = algorithm.update(algorithm.Args(batch_size=4, gamma=0.9, target_rate=0.3, **args), tiny_data(), *nets,
-                               *sgd(nets[0], nets[1], nets[3]))
+    metrics = algorithm.update(
+        algorithm.Args(batch_size=4, gamma=0.9, target_rate=0.3, **args),
+        tiny_data(),
+        *nets,
+        *sgd(nets[0], nets[1], nets[3]),
+    )
     return [flat(net) for net in nets[:3]] + [nets[3].detach()], metrics
 
 
 def test_two_critics_and_no_diversity_are_sac():
     """N = 2, η = 0: one update moves everything as sac.py's does."""
     nets = networks(num=2)
-    (ours, metrics), (sacs, expected) = one_update(edac, nets, diversity_weight=0.0), one_update(sac, nets)
+    (ours, metrics), (sacs, expected) = (
+        one_update(edac, nets, diversity_weight=0.0),
+        one_update(sac, nets),
+    )
     for got, want in zip(ours, sacs):
         assert_close(got, want, 1e-12)
     assert metrics.pop("q_spread") > 0
-    assert metrics.keys() == expected.keys() and all(torch.equal(metrics[name], expected[name]) for name in metrics)
+    assert metrics.keys() == expected.keys() and all(
+        torch.equal(metrics[name], expected[name]) for name in metrics
+    )
 
 
 def test_one_critic_is_sac_without_the_minimum():
@@ -319,19 +373,30 @@ def test_one_critic_is_sac_without_the_minimum():
         for layer in critic.layers:
             for name in ("weight", "bias"):
                 setattr(layer, name, nn.Parameter(getattr(layer, name).data.repeat(2, 1, 1)))
-    (ours, metrics), (sacs, expected) = one_update(edac, nets, diversity_weight=0.0), one_update(sac, twins)
+    (ours, metrics), (sacs, expected) = (
+        one_update(edac, nets, diversity_weight=0.0),
+        one_update(sac, twins),
+    )
     assert_close(ours[0], sacs[0], 1e-12)
     assert_close(ours[3], sacs[3], 1e-12)
     for i in (1, 2):
-        first = torch.cat([part.reshape(2, -1)[0] for part in torch.split(sacs[i], [p.numel() for p in twins[i].parameters()])])
+        first = torch.cat(
+            [
+                part.reshape(2, -1)[0]
+                for part in torch.split(sacs[i], [p.numel() for p in twins[i].parameters()])
+            ]
+        )
         assert_close(ours[i], first, 1e-12)
     assert_close(2 * metrics["critic_loss"], expected["critic_loss"])
 
 
 def test_diversity_changes_the_critics_only():
-    """Another η: another critic; the loss reported contains it; the similarity is reported where it is paid for."""
+    """Another η: another critic; the loss reported contains it; the similarity is reported where it
+    is paid for."""
     nets = networks()
-    (plain, without), (diverse, with_it) = (one_update(edac, nets, diversity_weight=eta) for eta in (0.0, 2.0))
+    (plain, without), (diverse, with_it) = (
+        one_update(edac, nets, diversity_weight=eta) for eta in (0.0, 2.0)
+    )
     assert "similarity" not in without
     assert_close(with_it["critic_loss"] - without["critic_loss"], 2 * with_it["similarity"])
     assert not torch.equal(plain[1], diverse[1]) and torch.equal(plain[3], diverse[3])
@@ -341,7 +406,10 @@ def test_diversity_changes_the_critics_only():
 
 
 def sgd(actor, critic, log_alpha, lr=0.01):
-    return [torch.optim.SGD(params, lr=lr) for params in (actor.parameters(), critic.parameters(), [log_alpha])]
+    return [
+        torch.optim.SGD(params, lr=lr)
+        for params in (actor.parameters(), critic.parameters(), [log_alpha])
+    ]
 
 
 def test_update_is_the_algorithm_box():
@@ -367,8 +435,15 @@ def test_update_is_the_algorithm_box():
         for got, want in zip(nets, (actor, critic, critic_target)):
             assert_close(flat(got), flat(want), 1e-12)
         assert_close(nets[3], log_alpha, 1e-12)
-        assert_close(flat_grad(nets[1]), q_grad, 1e-12)  # the actor's step adds nothing to the critic's gradient
-        expected = dict(critic_loss=q_loss, q_policy=q_policy, entropy=-log_prob.mean(), entropy_coef=alpha, **watched)
+        # the actor's step adds nothing to the critic's gradient
+        assert_close(flat_grad(nets[1]), q_grad, 1e-12)
+        expected = dict(
+            critic_loss=q_loss,
+            q_policy=q_policy,
+            entropy=-log_prob.mean(),
+            entropy_coef=alpha,
+            **watched,
+        )
         assert metrics.keys() == expected.keys()
         for name, value in expected.items():
             assert_close(metrics[name], value, 1e-12)
@@ -377,9 +452,19 @@ def test_update_is_the_algorithm_box():
 
 @pytest.mark.parametrize("weight", [0.0, 1.0])
 def test_train_moves_every_part_each_step(monkeypatch, weight):
-    """Actor, critics, target and α, from a target that starts as a copy and α = 1; N critics, all different."""
-    run = silent_train(monkeypatch, edac, tiny_data(), steps=3, batch_size=4, num_critics=3, diversity_weight=weight,
-                       actor_lr=0.1, critic_lr=0.2)
+    """Actor, critics, target and α, from a target that starts as a copy and α = 1; N critics, all
+    different."""
+    run = silent_train(
+        monkeypatch,
+        edac,
+        tiny_data(),
+        steps=3,
+        batch_size=4,
+        num_critics=3,
+        diversity_weight=weight,
+        actor_lr=0.1,
+        critic_lr=0.2,
+    )
     assert run.variant == ("" if weight else "-sac-n")
     for name in ("actor", "critic", "critic_target", "log_entropy_coef"):
         assert run.steps_that_moved(name) == [1, 2, 3]
@@ -387,9 +472,18 @@ def test_train_moves_every_part_each_step(monkeypatch, weight):
     assert not torch.equal(run.history[3]["critic"], run.history[3]["critic_target"])
     assert run.history[0]["log_entropy_coef"] == 0
     first = run.state["critic"].layers[0].weight
-    assert len(first) == 3 and not torch.equal(first[0], first[1]) and not torch.equal(first[1], first[2])
-    assert_close(torch.stack([run.actor.action_mid, run.actor.action_half]), [[0.5, 0.5], [1.0, 2.0]])
-    assert [run.state[f"{name}_optimizer"].param_groups[0]["lr"] for name in ("actor", "critic", "entropy")] == [0.1, 0.2, 0.1]
+    assert (
+        len(first) == 3
+        and not torch.equal(first[0], first[1])
+        and not torch.equal(first[1], first[2])
+    )
+    assert_close(
+        torch.stack([run.actor.action_mid, run.actor.action_half]), [[0.5, 0.5], [1.0, 2.0]]
+    )
+    assert [
+        run.state[f"{name}_optimizer"].param_groups[0]["lr"]
+        for name in ("actor", "critic", "entropy")
+    ] == [0.1, 0.2, 0.1]
 
 
 def test_too_few_critics_are_refused(monkeypatch, capsys):
@@ -398,7 +492,9 @@ def test_too_few_critics_are_refused(monkeypatch, capsys):
         with pytest.raises(SystemExit) as stop:
             edac.train(Args(num_critics=num, diversity_weight=weight))
         assert stop.value.code == 2 and "--num-critics" in capsys.readouterr().err
-    assert silent_train(monkeypatch, edac, tiny_data(), steps=1, batch_size=4, num_critics=1, diversity_weight=0.0).actor
+    assert silent_train(
+        monkeypatch, edac, tiny_data(), steps=1, batch_size=4, num_critics=1, diversity_weight=0.0
+    ).actor
 
 
 # ---- tuned settings
@@ -414,7 +510,9 @@ def test_tuned_values_fill_what_the_user_leaves_open(monkeypatch, capsys):
     args = parse(monkeypatch, "--env", "walker2d-medium-expert")
     assert (args.num_critics, args.diversity_weight) == (10, 5.0)
     assert "--diversity-weight 5.0" in capsys.readouterr().out
-    args = parse(monkeypatch, "--env", "hopper-medium", "--diversity-weight", "0", "--num-critics", "500")
+    args = parse(
+        monkeypatch, "--env", "hopper-medium", "--diversity-weight", "0", "--num-critics", "500"
+    )
     assert (args.num_critics, args.diversity_weight) == (500, 0.0) and capsys.readouterr().out == ""
     assert parse(monkeypatch, "--env", "hopper-medium").num_critics == 50
     assert parse(monkeypatch, "--env", "pendulum-medium") == Args(env="pendulum-medium")
@@ -424,7 +522,8 @@ def test_tuned_values_fill_what_the_user_leaves_open(monkeypatch, capsys):
 
 
 def disagreement(num, weight, seed):
-    """One state; data actions in [−0.2, 0.2]² earn nothing. How far the smallest Q falls from the data to the border."""
+    """One state; data actions in [−0.2, 0.2]² earn nothing. How far the smallest Q falls from the
+    data to the border."""
     torch.manual_seed(seed)
     data = tiny_data(256)
     data.obs = data.next_obs = torch.zeros(256, 3)
@@ -443,7 +542,8 @@ def disagreement(num, weight, seed):
 
 
 def test_the_minimum_falls_off_the_data_more_with_more_critics_and_with_diversity(monkeypatch):
-    """All is worth 0. Off the data, where nobody said so, the smallest Q is lower with N, and with η at the same N."""
+    """All is worth 0. Off the data, where nobody said so, the smallest Q is lower with N, and with
+    η at the same N."""
     monkeypatch.setattr(edac, "HIDDEN", (32, 32))
     two, twenty, diverse = (sum(disagreement(num, weight, seed) for seed in range(2)) / 2
                             for num, weight in ((2, 0.0), (20, 0.0), (2, 1.0)))
@@ -452,8 +552,9 @@ def test_the_minimum_falls_off_the_data_more_with_more_critics_and_with_diversit
 
 
 def test_members_agree_where_all_of_them_are_wrong(monkeypatch):
-    """The notes' "too little diversity": r = −10 ‖a‖², seen for a in [−0.2, 0.2]² alone. Ten networks continue it in the same
-    way, so beside the data their spread is far below their error; only on the data is a member about as wrong as it seems."""
+    """The notes' "too little diversity": r = −10 ‖a‖², seen for a in [−0.2, 0.2]² alone. Ten
+    networks continue it in the same way, so beside the data their spread is far below their error;
+    only on the data is a member about as wrong as it seems."""
     monkeypatch.setattr(edac, "HIDDEN", (32, 32))
     torch.manual_seed(0)
     data = tiny_data(512)
@@ -470,7 +571,10 @@ def test_members_agree_where_all_of_them_are_wrong(monkeypatch):
     found = {}
     for radius in (0.1, 0.9):
         with torch.no_grad():
-            q = critic(torch.zeros(64, 3), radius * torch.stack([angles.cos(), angles.sin()], dim=1))  # (K, 64)
+            # (K, 64)
+            q = critic(
+                torch.zeros(64, 3), radius * torch.stack([angles.cos(), angles.sin()], dim=1)
+            )
         found[radius] = float(q.std(dim=0).mean()), float((q + 10 * radius**2).pow(2).mean().sqrt())
     spread, error = found[0.9]
     assert error > 1 and spread < error / 3

@@ -1,4 +1,5 @@
-"""The form of the files: copies that are copies, tags that are on both sides, settings with a source, results that match."""
+"""The form of the files: copies that are copies, tags that are on both sides, settings with a
+source, results that match."""
 import ast
 import json
 import re
@@ -14,11 +15,36 @@ import grid
 
 FILES = sorted((ROOT / "algorithms").glob("*.py"))
 SAC = {"sac", "cql", "edac", "mopo", "morel", "combo"}
-FAMILIES = {  # definitions that belong to the algorithm: which files share one form of it. Files not named have their own form.
-    "Actor": [{"sac", "cql", "edac", "msg"}, {"mopo", "morel", "combo"}, {"bc", "td3_bc"}, {"bear", "uwac"}, {"crr", "iql"}],
-    "Critic": [SAC | {"algae_dice", "awac", "bcq", "bear", "brac", "iql", "mabcq", "msg", "plas", "td3_bc"}],
+# definitions that belong to the algorithm: which files share one form of it. Files not named have
+# their own form.
+FAMILIES = {
+    "Actor": [
+        {"sac", "cql", "edac", "msg"},
+        {"mopo", "morel", "combo"},
+        {"bc", "td3_bc"},
+        {"bear", "uwac"},
+        {"crr", "iql"},
+    ],
+    "Critic": [
+        SAC | {"algae_dice", "awac", "bcq", "bear", "brac", "iql", "mabcq", "msg", "plas", "td3_bc"}
+    ],
     "QNetwork": [{"dqn", "cql_discrete"}],
-    "critic_loss": [{"awac", "bcq", "bear", "brac", "crr", "iql", "mopo", "morel", "plas", "rebrac", "sac", "td3_bc"}],
+    "critic_loss": [
+        {
+            "awac",
+            "bcq",
+            "bear",
+            "brac",
+            "crr",
+            "iql",
+            "mopo",
+            "morel",
+            "plas",
+            "rebrac",
+            "sac",
+            "td3_bc",
+        }
+    ],
     "actor_loss": [SAC, {"awac", "crr", "iql"}],
     "entropy_coef_loss": [SAC | {"msg"}, {"algae_dice", "brac"}],
     "td_target": [{"awac", "crr"}, {"combo", "cql"}],
@@ -38,13 +64,17 @@ def source(node: ast.AST) -> str:
     """The code alone: equation tags, and so comments and docstrings, are numbered per file."""
     node = ast.parse(ast.unparse(node)).body[0]
     for part in ast.walk(node):
-        if isinstance(part, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(part) is not None:
+        if (
+            isinstance(part, (ast.FunctionDef, ast.ClassDef))
+            and ast.get_docstring(part) is not None
+        ):
             part.body = part.body[1:]
     return ast.unparse(node)
 
 
 def test_what_is_repeated_is_repeated_exactly():
-    """A fix in one copy must reach the others: every definition of the same name is the same code, but for FAMILIES."""
+    """A fix in one copy must reach the others: every definition of the same name is the same code,
+    but for FAMILIES."""
     forms = {}  # name: {file: code}
     for path in FILES:
         for node in ast.parse(path.read_text()).body:
@@ -56,7 +86,9 @@ def test_what_is_repeated_is_repeated_exactly():
         found = {}
         for file, code in codes.items():
             found.setdefault(code, set()).add(file)
-        assert sorted(map(sorted, found.values())) == sorted(sorted(group) for group in groups if group), name
+        assert sorted(map(sorted, found.values())) == sorted(
+            sorted(group) for group in groups if group
+        ), name
     assert len(forms["polyak_update"]) >= 3  # the test sees copies at all
 
 
@@ -67,12 +99,15 @@ def test_every_equation_stands_in_docstring_and_code(path):
     code = text.split('"""', 2)[-1]
     tags = set(re.findall(r"\(E\d+\)", docstring))
     assert tags and tags == set(re.findall(r"\(E\d+\)", code))
-    assert tags == set(re.findall(r"^\s*# (\(E\d+\))", code, re.M)), "each tag stands over the lines that compute it"
+    assert tags == set(re.findall(r"^\s*# (\(E\d+\))", code, re.M)), (
+        "each tag stands over the lines that compute it"
+    )
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_every_setting_says_where_it_is_from(path):
-    """A trailing comment that --help shows, ending in [P...], [C file], [=] or [D...]; the run's own settings need none."""
+    """A trailing comment that --help shows, ending in [P...], [C file], [=] or [D...]; the run's
+    own settings need none."""
     run_settings = {"env", "seed", "device", "threads", "eval_env", "holdout", "out", "resume"}
     tree = ast.parse(path.read_text())
     arguments = next(node for node in tree.body if getattr(node, "name", "") == "Args")
@@ -102,25 +137,59 @@ RESULTS = sorted((ROOT / "results" / "scores").glob("*/*/seed*.json"))
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: "-".join(path.parts[-3:]))
 def test_committed_results_used_the_defaults(path):
-    """The table can't drift from the code: but for what says how long and where, every setting is the file's default.
-    (Results on data that have been replaced may be of an earlier state of the file, and say so.)"""
+    """The table can't drift from the code: but for what says how long and where, every setting is
+    the file's default. (Results on data that have been replaced may be of an earlier state of the
+    file, and say so.)"""
     result = json.loads(path.read_text())
     assert not result["args"]["out"].startswith("/"), "a path of somebody's machine"
     assert len(result["final_returns"]) == 100 and result["curve"][-1]["step"] == result["steps"]
     study = (grid.STUDIES | grid.RATES).get(path.parts[-3], "")  # says which settings differ
     algorithm = Path(study.split()[0]).stem if study else path.parts[-3]
-    assert (algorithm, *path.parts[-2:]) == (result["algorithm"], result["env"], f"seed{result['seed']}.json")
-    card = {row["name"]: row.get("fingerprint") for row in json.loads((ROOT / "results/behavior/datasets.json").read_text())}
+    assert (algorithm, *path.parts[-2:]) == (
+        result["algorithm"],
+        result["env"],
+        f"seed{result['seed']}.json",
+    )
+    card = {
+        row["name"]: row.get("fingerprint")
+        for row in json.loads((ROOT / "results/behavior/datasets.json").read_text())
+    }
     if result["dataset"]["fingerprint"] != card.get(result["env"]):
         return
     module = __import__(result["algorithm"].split("-")[0])
     defaults = {field.name: field.default for field in fields(module.Args)}
     defaults |= getattr(module, "TUNED", {}).get(result["env"], {})
-    free = {"env", "seed", "steps", "device", "threads", "eval_every", "out", "resume", "num_critics", "agents",
-            "behavior_steps", "vae_steps", "dynamics_epochs"}  # how long the fit before step 1 lasts; the table says it
+    free = {
+        "env",
+        "seed",
+        "steps",
+        "device",
+        "threads",
+        "eval_every",
+        "out",
+        "resume",
+        "num_critics",
+        "agents",
+        # how long the fit before step 1 lasts; the table says it
+        "behavior_steps",
+        "vae_steps",
+        "dynamics_epochs",
+    }
     free |= {option.replace("-", "_") for option in re.findall(r"--([a-z-]+)", study)}
     if "-" in result["algorithm"]:  # a mode that the name tells
-        free |= {"top_fraction", "lagrange", "form", "ensemble", "double", "value_penalty", "weighting",
-                 "diversity_weight", "penalty_weight", "penalty", "rollout_policy", "reweight"}
+        free |= {
+            "top_fraction",
+            "lagrange",
+            "form",
+            "ensemble",
+            "double",
+            "value_penalty",
+            "weighting",
+            "diversity_weight",
+            "penalty_weight",
+            "penalty",
+            "rollout_policy",
+            "reweight",
+        }
     for key in set(defaults) - free:
         assert result["args"][key] == defaults[key], key

@@ -49,7 +49,9 @@ def test_min_q_equals_a_loop():
     critic, batch = make(Critic, 3, 2), tiny_batch()
     q = iql.min_q(critic, batch)
     assert_close(q, [slow_min_q(critic, batch, b) for b in range(4)])
-    assert len(set((critic(batch.obs, batch.action).argmin(0)).tolist())) == 2, "neither critic as a whole is smaller"
+    assert len(set((critic(batch.obs, batch.action).argmin(0)).tolist())) == 2, (
+        "neither critic as a whole is smaller"
+    )
     assert not q.requires_grad
 
 
@@ -90,7 +92,13 @@ def test_actor_loss_equals_a_loop():
     loss.backward()
 
     def slow():
-        return -sum(float(weight[b]) * slow_log_prob(actor, batch.obs[b], batch.action[b]) for b in range(4)) / 4
+        return (
+            -sum(
+                float(weight[b]) * slow_log_prob(actor, batch.obs[b], batch.action[b])
+                for b in range(4)
+            )
+            / 4
+        )
 
     assert_close(loss, slow())
     assert_gradient(actor.net[-1].bias, slow)
@@ -109,7 +117,10 @@ def test_td_target_equals_a_loop():
 def test_critic_loss_equals_a_loop():
     """(E8): the mean over transitions of the squared error, summed over two different critics."""
     critic, batch, y = make(Critic, 3, 2), tiny_batch(), torch.randn(4)
-    q = [[slow_critic(critic, k, batch.obs[b], batch.action[b].tolist()) for b in range(4)] for k in range(2)]
+    q = [
+        [slow_critic(critic, k, batch.obs[b], batch.action[b].tolist()) for b in range(4)]
+        for k in range(2)
+    ]
     loss, q_data = iql.critic_loss(critic, batch, y)
     assert_close(loss, sum((q[k][b] - float(y[b])) ** 2 / 4 for k in range(2) for b in range(4)))
     assert_close(q_data, sum(q[0] + q[1]) / 8)
@@ -119,8 +130,11 @@ def test_critic_loss_equals_a_loop():
 def test_losses_refuse_columns():
     """(B, 1) where (B,) is meant would silently compare every transition with every other."""
     batch, column = tiny_batch(), torch.ones(4, 1)
-    for loss in (lambda: iql.value_loss(Value(3), batch, column, 0.7), lambda: iql.actor_loss(Actor(3, 2), batch, column),
-                 lambda: iql.critic_loss(Critic(3, 2), batch, column)):
+    for loss in (
+        lambda: iql.value_loss(Value(3), batch, column, 0.7),
+        lambda: iql.actor_loss(Actor(3, 2), batch, column),
+        lambda: iql.critic_loss(Critic(3, 2), batch, column),
+    ):
         with pytest.raises(AssertionError):
             loss()
 
@@ -143,8 +157,11 @@ def value_table(v):
 
 @pytest.mark.parametrize("q, loss", [(1.0, 0.7), (-1.0, 0.3), (0.0, 0.0)])
 def test_one_sided_errors(q, loss):
-    """V = 0: a Q above it costs τ, a Q below it 1 − τ. With the sign turned round, V would chase the worst."""
-    assert_close(iql.value_loss(value_table(torch.zeros(())), tiny_batch((0,)), torch.tensor([q]), 0.7), loss)
+    """V = 0: a Q above it costs τ, a Q below it 1 − τ. With the sign turned round, V would chase
+    the worst."""
+    assert_close(
+        iql.value_loss(value_table(torch.zeros(())), tiny_batch((0,)), torch.tensor([q]), 0.7), loss
+    )
 
 
 @pytest.mark.parametrize("tau", [0.5, 0.7, 0.9])
@@ -160,10 +177,12 @@ def test_expectile_of_zero_and_one(tau):
 
 
 def chain_value(tau):
-    """V at the start of a chain of four states, each with two actions in the data, of reward 0 and 1: the fixed point of
-    value_loss and td_target on tables, γ = 0.9, the last state terminal."""
+    """V at the start of a chain of four states, each with two actions in the data, of reward 0 and
+    1: the fixed point of value_loss and td_target on tables, γ = 0.9, the last state terminal."""
     s = torch.arange(4).repeat_interleave(2)
-    batch = tiny_batch([0.0] * 6 + [1.0] * 2)._replace(obs=s, next_obs=(s + 1) % 4, reward=torch.tensor([0.0, 1.0] * 4))
+    batch = tiny_batch([0.0] * 6 + [1.0] * 2)._replace(
+        obs=s, next_obs=(s + 1) % 4, reward=torch.tensor([0.0, 1.0] * 4)
+    )
     table = torch.zeros(4, requires_grad=True)
     for _ in range(2000):
         q = iql.td_target(lambda obs: table[obs], batch, 0.9)  # a Q that fits its target at once
@@ -174,7 +193,8 @@ def chain_value(tau):
 
 
 def test_stitching_along_a_chain():
-    """τ = ½ values the data's average behaviour; τ → 1 the best path, though no episode need have taken it whole."""
+    """τ = ½ values the data's average behaviour; τ → 1 the best path, though no episode need have
+    taken it whole."""
     discounted = sum(0.9**t for t in range(4))
     assert_close(chain_value(0.5)[0], 0.5 * discounted)
     assert_close(chain_value(0.9)[0], 0.9 * discounted)
@@ -185,7 +205,8 @@ def test_stitching_along_a_chain():
 
 
 def test_known_weights():
-    """β = 3: Â = 0 counts 1; ln(100)/3 = 1.5350567 reaches the cap, and beyond it (also at overflow) it stays 100."""
+    """β = 3: Â = 0 counts 1; ln(100)/3 = 1.5350567 reaches the cap, and beyond it (also at
+    overflow) it stays 100."""
     adv = torch.tensor([0.0, 1.5350567, 1.5, 2.0, 1e4, -1.0, -1e4])
     expected = [1.0, 100.0, math.exp(4.5), 100.0, 100.0, math.exp(-3.0), 0.0]
     assert_close(iql.weights(adv, 3.0, 100.0), expected, 1e-6)
@@ -209,11 +230,16 @@ def test_effective_share():
 
 
 def test_density_without_a_jacobian():
-    """μ = ½, σ = 1, at a = ½: log 1/√2π = −0.918939. At the edge of the box it is an ordinary number."""
+    """μ = ½, σ = 1, at a = ½: log 1/√2π = −0.918939. At the edge of the box it is an ordinary
+    number."""
     half, zero = torch.full((1, 1), 0.5), torch.zeros(1, 1)
     assert_close(iql.gaussian_log_prob(half, zero, half), [-0.918939], 1e-6)
     assert_close(iql.gaussian_log_prob(half, zero, torch.ones(1, 1)), [-0.918939 - 0.125], 1e-6)
-    assert_close(iql.gaussian_log_prob(zero.expand(1, 3), zero.expand(1, 3) - 1, zero.expand(1, 3)), [3 * (1 - 0.918939)], 1e-5)
+    assert_close(
+        iql.gaussian_log_prob(zero.expand(1, 3), zero.expand(1, 3) - 1, zero.expand(1, 3)),
+        [3 * (1 - 0.918939)],
+        1e-5,
+    )
 
 
 def test_log_std_is_bounded_and_starts_at_zero():
@@ -263,7 +289,8 @@ def test_update_is_the_algorithm_box():
         for got, want in zip(nets, (actor, critic, critic_target, value)):
             assert_close(flat(got), flat(want), 1e-12)
         assert_close(flat_grad(nets[1]), q_grad, 1e-12)
-        assert_close(flat_grad(nets[3]), v_grad, 1e-12)  # neither the weights nor y send V a gradient
+        # neither the weights nor y send V a gradient
+        assert_close(flat_grad(nets[3]), v_grad, 1e-12)
         expected = dict(value_loss=v_loss, actor_loss=pi_loss, critic_loss=q_loss, q_data=q_data,
                         effective_share=weight.sum() ** 2 / 8 / (weight**2).sum())
         for name, value_ in expected.items():
@@ -272,13 +299,18 @@ def test_update_is_the_algorithm_box():
 
 
 def test_no_action_is_valued_but_the_datas():
-    """The critics see pairs (s, a) of the data only, and the policy is not asked for any; values don't depend on it."""
+    """The critics see pairs (s, a) of the data only, and the policy is not asked for any; values
+    don't depend on it."""
     args, data, (actor, critic, critic_target, value) = Args(batch_size=4), tiny_data(), networks()
     batch = data.rows(torch.arange(12))
     pairs = set(map(tuple, torch.cat([batch.obs, batch.action], dim=1).tolist()))
     seen = []
     for net in (critic, critic_target):
-        net.register_forward_hook(lambda module, inputs, output: seen.extend(map(tuple, torch.cat(inputs, dim=1).tolist())))
+        net.register_forward_hook(
+            lambda module, inputs, output: seen.extend(
+                map(tuple, torch.cat(inputs, dim=1).tolist())
+            )
+        )
     others, results = (actor, make(Actor, 3, 2)), []
     for policy in others:
         torch.manual_seed(1)
@@ -293,17 +325,24 @@ def test_value_is_learned_from_the_target_critics():
     """Another online Q leaves V's and π's steps as they were; another target does not."""
     data, (actor, critic, critic_target, value) = tiny_data(), networks()
     results = []
-    for online, target in ((critic, critic_target), (make(Critic, 3, 2), critic_target), (critic, make(Critic, 3, 2))):
+    for online, target in (
+        (critic, critic_target),
+        (make(Critic, 3, 2), critic_target),
+        (critic, make(Critic, 3, 2)),
+    ):
         torch.manual_seed(1)
         nets = copy.deepcopy([actor, online, target, value])
         iql.update(Args(batch_size=4), data, *nets, *sgd(nets[0], nets[1], nets[3]))
         results.append((flat(nets[0]), flat(nets[3])))
     for part in range(2):
-        assert torch.equal(results[0][part], results[1][part]) and not torch.equal(results[0][part], results[2][part])
+        assert torch.equal(results[0][part], results[1][part]) and not torch.equal(
+            results[0][part], results[2][part]
+        )
 
 
 def test_each_loss_moves_its_own_network_only():
-    """V's loss: no gradient for critics; the actor's: none for V; the critic's: none for V, its target or the actor."""
+    """V's loss: no gradient for critics; the actor's: none for V; the critic's: none for V, its
+    target or the actor."""
     batch, (actor, critic, critic_target, value) = tiny_batch(), networks()
     q = iql.min_q(critic_target, batch)
     iql.value_loss(value, batch, q, 0.7).backward()
@@ -327,7 +366,8 @@ def test_train_moves_every_part_each_step(monkeypatch):
 
 
 def test_the_actors_learning_rate_falls_along_a_cosine(monkeypatch):
-    """(E10): lr at update t of T, counted from 0: lr₀ (1 + cos πt/T) / 2. Of 4: 1, 0.853553, ½, 0.146447. The others' are constant."""
+    """(E10): lr at update t of T, counted from 0: lr₀ (1 + cos πt/T) / 2. Of 4: 1, 0.853553, ½,
+    0.146447. The others' are constant."""
     rates, original = [], iql.update
 
     def spy(*args, **learned):
@@ -344,7 +384,8 @@ def test_the_actors_learning_rate_falls_along_a_cosine(monkeypatch):
 
 
 def test_returns_span_a_thousand_after_scaling():
-    """The best and the worst episode then differ by 1000; other units of reward make the same data."""
+    """The best and the worst episode then differ by 1000; other units of reward make the same
+    data."""
     data = tiny_data()
     everything = torch.arange(12)
     before = data.rows(everything)
@@ -364,7 +405,8 @@ def test_returns_span_a_thousand_after_scaling():
 
 @pytest.mark.parametrize("reward", [0.0, 0.1, -3e4])
 def test_equal_returns_leave_the_rewards_and_say_so(capsys, reward):
-    """One return has no range to divide by; a sum that differs in its last digits has none either."""
+    """One return has no range to divide by; a sum that differs in its last digits has none
+    either."""
     data = tiny_data()
     data.reward[:] = reward
     data.reward[0] *= 1 + 1e-12
@@ -403,7 +445,8 @@ def test_train_scales_the_rewards_once(monkeypatch):
 
 @pytest.mark.parametrize("seed", range(2))
 def test_the_better_of_two_modes(monkeypatch, seed):
-    """One state; half of the data does −0.6, which earns 0, half +0.6, which earns 1. A clone goes between, IQL to +0.6."""
+    """One state; half of the data does −0.6, which earns 0, half +0.6, which earns 1. A clone goes
+    between, IQL to +0.6."""
     monkeypatch.setattr(iql, "HIDDEN", (32, 32))
     modes = {}
     for beta in (0.0, 3.0):
@@ -415,7 +458,9 @@ def test_the_better_of_two_modes(monkeypatch, seed):
         data.reward[:] = torch.tensor([0.0, 1.0]).repeat(32)
         data.terminated[:] = 1.0
         nets = [Actor(3, 1), critic := Critic(3, 1), copy.deepcopy(critic), Value(3)]
-        optimizers = [torch.optim.Adam(net.parameters(), lr=5e-3) for net in (nets[0], nets[1], nets[3])]
+        optimizers = [
+            torch.optim.Adam(net.parameters(), lr=5e-3) for net in (nets[0], nets[1], nets[3])
+        ]
         for _ in range(300):
             iql.update(Args(batch_size=32, target_rate=0.1, beta=beta), data, *nets, *optimizers)
         modes[beta] = nets[0].act(torch.zeros(1, 3)).item()
@@ -425,8 +470,13 @@ def test_the_better_of_two_modes(monkeypatch, seed):
 # ---- settings
 
 
-@pytest.mark.parametrize("setting, value", [("expectile", 0.0), ("expectile", 1.0), ("beta", -1.0), ("batch_size", 0), ("gamma", 1.1)])
+@pytest.mark.parametrize(
+    "setting, value",
+    [("expectile", 0.0), ("expectile", 1.0), ("beta", -1.0), ("batch_size", 0), ("gamma", 1.1)],
+)
 def test_settings_out_of_range_are_refused(monkeypatch, capsys, setting, value):
     with pytest.raises(SystemExit) as stop:
         silent_train(monkeypatch, iql, tiny_data(), steps=2, **{setting: value})
-    assert stop.value.code == 2 and f"--{setting.replace('_', '-')} must be" in capsys.readouterr().err
+    assert (
+        stop.value.code == 2 and f"--{setting.replace('_', '-')} must be" in capsys.readouterr().err
+    )

@@ -2,8 +2,8 @@
 
 Those in LONG take minutes each; `make test-long` runs them, `make test` shows them as skipped.
 
-Networks are narrower than the files' and rates larger, so that a test can wait for it; the losses are those of the files.
-"""
+Networks are narrower than the files' and rates larger, so that a test can wait for it; the losses
+are those of the files. """
 import importlib
 import json
 import os
@@ -25,30 +25,53 @@ EAGER = {"gamma": 0.95, "batch_size": 64, "critic_lr": 3e-3, "actor_lr": 3e-3, "
 CALM = EAGER | {"actor_lr": 1e-3}
 FAST = {"critic_lr": 1e-3, "actor_lr": 1e-3, "target_rate": 0.02}
 IMAGINED = CALM | {"rollout_starts": 2000, "rollout_every": 250}
-WIDE = ("algae_dice", "bcq", "brac", "combo", "cql", "edac", "mopo", "morel", "dqn", "rem")  # as wide as in the file
-LONG = ("algae_dice", "bcq", "bear", "brac", "combo", "cql", "decision_transformer", "dqn", "edac", "mopo", "morel", "plas", "rem")
+# as wide as in the file
+WIDE = ("algae_dice", "bcq", "brac", "combo", "cql", "edac", "mopo", "morel", "dqn", "rem")
+LONG = (
+    "algae_dice",
+    "bcq",
+    "bear",
+    "brac",
+    "combo",
+    "cql",
+    "decision_transformer",
+    "dqn",
+    "edac",
+    "mopo",
+    "morel",
+    "plas",
+    "rem",
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def suite(minari_root):
     """The datasets of this file, built in this process."""
     with pytest.MonkeyPatch.context() as patch:
-        for body, level in (("pendulum", "medium-replay"), ("pendulum", "medium"), ("pendulum", "random"),
-                            ("cartpole", "replay")):
+        for body, level in (
+            ("pendulum", "medium-replay"),
+            ("pendulum", "medium"),
+            ("pendulum", "random"),
+            ("cartpole", "replay"),
+        ):
             if not (minari_root / "local" / body / f"{level}-v0").exists():
                 build(patch, body, level, None)
 
 
 def make_small(patch, module) -> None:
-    """Narrow hidden layers for every network of this file, and no policy.pt2, which takes longer than some runs."""
+    """Narrow hidden layers for every network of this file, and no policy.pt2, which takes longer
+    than some runs."""
     for name, widths in list(vars(module).items()):
         if name.endswith("HIDDEN") and module.__name__ not in WIDE:
             patch.setattr(module, name, (WIDTH,) * len(widths))
     patch.setattr(common, "export_policy", lambda *_: None)
 
 
-def final_return(name: str, out, env: str = MIXED, constants=(), seed: int = 0, **settings) -> tuple[float, float]:
-    """A run in this process: (mean return of 20 episodes of the final policy, the data's mean return)."""
+def final_return(
+    name: str, out, env: str = MIXED, constants=(), seed: int = 0, **settings
+) -> tuple[float, float]:
+    """A run in this process: (mean return of 20 episodes of the final policy, the data's mean
+    return)."""
     if name in LONG and "LONG_TESTS" not in os.environ:
         pytest.skip(f"{name} learns for minutes: make test-long")
     module = importlib.import_module(name)
@@ -56,8 +79,18 @@ def final_return(name: str, out, env: str = MIXED, constants=(), seed: int = 0, 
         make_small(patch, module)
         for constant, value in dict(constants).items():
             patch.setattr(module, constant, value)
-        module.train(module.Args(env=env, seed=seed, device="cpu", eval_every=10**6, eval_episodes=1, final_episodes=20,
-                                 out=str(out), **settings))
+        module.train(
+            module.Args(
+                env=env,
+                seed=seed,
+                device="cpu",
+                eval_every=10**6,
+                eval_episodes=1,
+                final_episodes=20,
+                out=str(out),
+                **settings,
+            )
+        )
     result = json.loads((run_of(name, out, env, seed) / "result.json").read_text())
     return float(np.mean(result["final_returns"])), result["dataset"]["return_mean"]
 
@@ -65,60 +98,158 @@ def final_return(name: str, out, env: str = MIXED, constants=(), seed: int = 0, 
 @pytest.fixture(scope="module")
 def clone(suite, tmp_path_factory):
     """A clone is as good as the mean of the policies behind the data."""
-    clone, data = final_return("bc", tmp_path_factory.mktemp("clone"), steps=1000, batch_size=64, actor_lr=3e-3)
+    clone, data = final_return(
+        "bc", tmp_path_factory.mktemp("clone"), steps=1000, batch_size=64, actor_lr=3e-3
+    )
     assert abs(clone - data) < 300, (clone, data)
     return clone
 
 
-@pytest.mark.parametrize("name, margin, settings", [
-    ("bc", 200, {"steps": 1000, "batch_size": 64, "actor_lr": 3e-3, "top_fraction": 0.1}),
-    ("td3_bc", 200, EAGER | {"steps": 2000, "policy_delay": 1}),
-    ("rebrac", 200, CALM | {"steps": 2000}),
-    ("awr", 200, {"steps": 3000, "value_steps": 100, "actor_steps": 500, "actor_lr": 1e-2, "td_lambda": 0.9, "gamma": 0.95,
-                  "constants": {"HIDDEN": (128, 64)}}),
-    ("bcq", 150, {"steps": 3000, "batch_size": 32, "num_samples": 3, "max_perturbation": 0.2, "gamma": 0.95,
-                  "target_rate": 0.02, "critic_lr": 2e-3}),
-    ("awac", 150, CALM | {"steps": 2000, "beta": 10.0}),
-    ("brac", 150, CALM | {"steps": 4000, "behavior_steps": 2000, "behavior_lr": 1e-3, "warm_start_steps": 200}),
-    ("crr", 150, {"steps": 4000, "target_every": 20, "gamma": 0.95, "batch_size": 64, "critic_lr": 3e-3, "actor_lr": 1e-3}),
-    ("edac", 150, {"steps": 4000, "num_critics": 5, "batch_size": 64, "critic_lr": 1e-3, "target_rate": 0.02}),
-    ("plas", 150, CALM | {"steps": 8000, "vae_lr": 1e-3, "vae_steps": 2000, "constants": {"HIDDEN": (400, 300)}}),
-    ("bear", 150, CALM | {"steps": 8000, "vae_lr": 1e-3, "warm_up_steps": 300, "num_samples": 3, "bandwidth": 1.0,
-                          "max_mmd": 0.4, "multiplier_lr": 1e-2, "constants": {"HIDDEN": (256, 256)}}),
-])
+@pytest.mark.parametrize(
+    "name, margin, settings",
+    [
+        ("bc", 200, {"steps": 1000, "batch_size": 64, "actor_lr": 3e-3, "top_fraction": 0.1}),
+        ("td3_bc", 200, EAGER | {"steps": 2000, "policy_delay": 1}),
+        ("rebrac", 200, CALM | {"steps": 2000}),
+        (
+            "awr",
+            200,
+            {
+                "steps": 3000,
+                "value_steps": 100,
+                "actor_steps": 500,
+                "actor_lr": 1e-2,
+                "td_lambda": 0.9,
+                "gamma": 0.95,
+                "constants": {"HIDDEN": (128, 64)},
+            },
+        ),
+        (
+            "bcq",
+            150,
+            {
+                "steps": 3000,
+                "batch_size": 32,
+                "num_samples": 3,
+                "max_perturbation": 0.2,
+                "gamma": 0.95,
+                "target_rate": 0.02,
+                "critic_lr": 2e-3,
+            },
+        ),
+        ("awac", 150, CALM | {"steps": 2000, "beta": 10.0}),
+        (
+            "brac",
+            150,
+            CALM
+            | {"steps": 4000, "behavior_steps": 2000, "behavior_lr": 1e-3, "warm_start_steps": 200},
+        ),
+        (
+            "crr",
+            150,
+            {
+                "steps": 4000,
+                "target_every": 20,
+                "gamma": 0.95,
+                "batch_size": 64,
+                "critic_lr": 3e-3,
+                "actor_lr": 1e-3,
+            },
+        ),
+        (
+            "edac",
+            150,
+            {
+                "steps": 4000,
+                "num_critics": 5,
+                "batch_size": 64,
+                "critic_lr": 1e-3,
+                "target_rate": 0.02,
+            },
+        ),
+        (
+            "plas",
+            150,
+            CALM
+            | {
+                "steps": 8000,
+                "vae_lr": 1e-3,
+                "vae_steps": 2000,
+                "constants": {"HIDDEN": (400, 300)},
+            },
+        ),
+        (
+            "bear",
+            150,
+            CALM
+            | {
+                "steps": 8000,
+                "vae_lr": 1e-3,
+                "warm_up_steps": 300,
+                "num_samples": 3,
+                "bandwidth": 1.0,
+                "max_mmd": 0.4,
+                "multiplier_lr": 1e-2,
+                "constants": {"HIDDEN": (256, 256)},
+            },
+        ),
+    ],
+)
 def test_it_beats_mixed_data_and_its_clone(name, margin, settings, clone, tmp_path):
     """Each swings the pendulum up, which most of the data does not show."""
     result, data = final_return(name, tmp_path, **settings)
     assert result > data + margin and result > clone + margin, (result, clone, data)
 
 
-@pytest.mark.parametrize("name, margin, settings", [
-    ("mopo", 200, IMAGINED | {"steps": 3000, "dynamics_epochs": 15, "actor_lr": 3e-3}),
-    ("combo", 400, IMAGINED | {"steps": 2000, "dynamics_epochs": 15, "actor_lr": 3e-3, "num_samples": 1}),
-    ("morel", 200, IMAGINED | {"steps": 3000, "dynamics_epochs": 3, "batch_size": 128}),
-])
+@pytest.mark.parametrize(
+    "name, margin, settings",
+    [
+        ("mopo", 200, IMAGINED | {"steps": 3000, "dynamics_epochs": 15, "actor_lr": 3e-3}),
+        (
+            "combo",
+            400,
+            IMAGINED | {"steps": 2000, "dynamics_epochs": 15, "actor_lr": 3e-3, "num_samples": 1},
+        ),
+        ("morel", 200, IMAGINED | {"steps": 3000, "dynamics_epochs": 3, "batch_size": 128}),
+    ],
+)
 def test_it_learns_in_a_model(name, margin, settings, tmp_path):
     """The same, mostly from steps that it has imagined. (The clone is as good as the data.)"""
     result, data = final_return(name, tmp_path, **settings)
     assert result > data + margin, (result, data)
 
 
-@pytest.mark.parametrize("name, settings", [
-    ("sac", CALM | {"steps": 1500}),
-    ("msg", CALM | {"steps": 2500, "num_critics": 4}),
-    ("iql", EAGER | {"steps": 2000, "expectile": 0.9}),
-    ("algae_dice", {"steps": 2000, "batch_size": 64, "gamma": 0.95, "target_rate": 0.05, "policy_delay": 1}),
-])
+@pytest.mark.parametrize(
+    "name, settings",
+    [
+        ("sac", CALM | {"steps": 1500}),
+        ("msg", CALM | {"steps": 2500, "num_critics": 4}),
+        ("iql", EAGER | {"steps": 2000, "expectile": 0.9}),
+        (
+            "algae_dice",
+            {
+                "steps": 2000,
+                "batch_size": 64,
+                "gamma": 0.95,
+                "target_rate": 0.05,
+                "policy_delay": 1,
+            },
+        ),
+    ],
+)
 def test_it_learns_from_random_actions(name, settings, tmp_path):
-    """These hold every action everywhere: SAC and AlgaeDICE, without a constraint, need that. IQL's policy can end in
-    spinning at full speed when it has learnt from the mixed data; from these it swings the pendulum up."""
+    """These hold every action everywhere: SAC and AlgaeDICE, without a constraint, need that. IQL's
+    policy can end in spinning at full speed when it has learnt from the mixed data; from these it
+    swings the pendulum up."""
     result, data = final_return(name, tmp_path, RANDOM, **settings)
     assert result > data + 300, (result, data)
 
 
 def test_cql_beats_the_data(tmp_path):
     """pendulum-medium, with smaller batches than the default's, for speed."""
-    result, data = final_return("cql", tmp_path, "pendulum-medium", steps=2000, num_samples=3, batch_size=64, **FAST)
+    result, data = final_return(
+        "cql", tmp_path, "pendulum-medium", steps=2000, num_samples=3, batch_size=64, **FAST
+    )
     assert result > data + 50, (result, data)
 
 
@@ -128,20 +259,30 @@ def test_cql_beats_the_data(tmp_path):
     ("rem", {"steps": 15000, "learning_rate": 2.5e-4, "batch_size": 128, "target_every": 500}),
 ])
 def test_it_learns_from_a_replayed_run(name, settings, tmp_path):
-    """cartpole-replay holds everything from falling at once to balancing; the policy learnt from it balances far longer."""
+    """cartpole-replay holds everything from falling at once to balancing; the policy learnt from it
+    balances far longer."""
     result, data = final_return(name, tmp_path, "cartpole-replay", **settings)
     assert result > data + 50, (result, data)
 
 
 def test_a_decision_transformer_gets_more_than_it_has_seen_on_average(tmp_path):
     """A small one, asked for the best return in the data."""
-    result, data = final_return("decision_transformer", tmp_path, steps=2500, batch_size=32, actor_lr=1e-3, warmup_steps=100,
-                                dropout=0.0, constants={"CONTEXT": 5, "WIDTH": 64, "LAYERS": 2})
+    result, data = final_return(
+        "decision_transformer",
+        tmp_path,
+        steps=2500,
+        batch_size=32,
+        actor_lr=1e-3,
+        warmup_steps=100,
+        dropout=0.0,
+        constants={"CONTEXT": 5, "WIDTH": 64, "LAYERS": 2},
+    )
     assert result > data + 150, (result, data)
 
 
 def test_fqe_ranks_policies_it_has_not_run(tmp_path, monkeypatch):
-    """Six snapshots of the online run behind the pendulum's data, from bad to expert, judged on mixed data."""
+    """Six snapshots of the online run behind the pendulum's data, from bad to expert, judged on
+    mixed data."""
     data = common.load_dataset(MIXED, "cpu")
     make_small(monkeypatch, fqe)
     with np.load(ROOT / "results" / "behavior" / "pendulum.npz") as saved:
@@ -152,7 +293,20 @@ def test_fqe_ranks_policies_it_has_not_run(tmp_path, monkeypatch):
                 layer.bias.data = torch.tensor(np.float32(saved[f"bias{number}"][i]))
             actor.action_half = data.action_half
             common.save_policy(tmp_path / str(i), "sac", "sac", actor, data)
-    fqe.train(fqe.Args(env=MIXED, device="cpu", steps=1000, eval_every=250, critic_lr=1e-3, target_rate=0.1, gamma=0.95,
-                       batch_size=128, final_episodes=20, policies=(str(tmp_path),), out=str(tmp_path)))
+    fqe.train(
+        fqe.Args(
+            env=MIXED,
+            device="cpu",
+            steps=1000,
+            eval_every=250,
+            critic_lr=1e-3,
+            target_rate=0.1,
+            gamma=0.95,
+            batch_size=128,
+            final_episodes=20,
+            policies=(str(tmp_path),),
+            out=str(tmp_path),
+        )
+    )
     result = json.loads((folder("fqe", tmp_path, MIXED) / "result.json").read_text())
     assert len(result["policies"]) == 6 and result["spearman"] > 0.8, result["policies"]

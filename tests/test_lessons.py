@@ -1,4 +1,5 @@
-"""Each lesson in its short form: the claim that its picture shows is asserted, so a picture can't lie."""
+"""Each lesson in its short form: the claim that its picture shows is asserted, so a picture can't
+lie."""
 import importlib.util
 import sys
 

@@ -19,11 +19,15 @@ class Constant(torch.nn.Module):
 
 
 def test_promise_and_earnings(monkeypatch):
-    """The promise is the mean over the critics, of the scaled action, in the reward's own unit; the rest is discounted."""
+    """The promise is the mean over the critics, of the scaled action, in the reward's own unit; the
+    rest is discounted."""
     monkeypatch.setattr(overestimation, "EPISODES", 2)
     spec = gym.make("Pendulum-v1").spec.to_json()
-    critic = lambda obs, action: torch.stack([4 * action[:, 0], 8 * action[:, 0]])  # (K, B); the scaled action is 1/2
-    promised, earned = overestimation.compare({"actor": Constant(), "critic": critic}, 3.0, 0.5, spec)
+    # (K, B); the scaled action is 1/2
+    critic = lambda obs, action: torch.stack([4 * action[:, 0], 8 * action[:, 0]])
+    promised, earned = overestimation.compare(
+        {"actor": Constant(), "critic": critic}, 3.0, 0.5, spec
+    )
     want = 0.0
     for i in range(2):
         env = gym.make("Pendulum-v1")

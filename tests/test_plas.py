@@ -1,4 +1,5 @@
-"""PLAS against slow loops: a frozen decoder that the policy learns through, and what it can't reach."""
+"""PLAS against slow loops: a frozen decoder that the policy learns through, and what it can't
+reach."""
 import copy
 import math
 
@@ -28,7 +29,8 @@ from plas import VAE, Actor, Args, Critic, LatentPolicy
 
 @pytest.fixture(autouse=True)
 def small(exact, monkeypatch):
-    """Two narrow hidden layers, in float64; nobody presses Ctrl-C, and a run keeps what it saves."""
+    """Two narrow hidden layers, in float64; nobody presses Ctrl-C, and a run keeps what it
+    saves."""
     monkeypatch.setattr(plas, "HIDDEN", (7, 6))
     monkeypatch.setattr(plas, "VAE_HIDDEN", (6, 5))
     monkeypatch.setattr(SilentRun, "stop", False, raising=False)
@@ -44,20 +46,27 @@ def latent_policy(bound=1.5):
 
 def slow_action(vae, policy, obs):
     """(E2) for one observation."""
-    return slow_decode(vae, obs, [float(policy.bound) * math.tanh(u) for u in slow_mlp(policy.net, obs)])
+    return slow_decode(
+        vae, obs, [float(policy.bound) * math.tanh(u) for u in slow_mlp(policy.net, obs)]
+    )
 
 
 # ---- the VAE
 
 
 def test_vae_loss_equals_a_loop(monkeypatch):
-    """(E1) with its gradient, through z into the encoder; the posterior's z is not clipped to ±½."""
+    """(E1) with its gradient, through z into the encoder; the posterior's z is not clipped to
+    ±½."""
     vae, batch = make(VAE, 3, 2), tiny_batch()
     draws = record_draws(monkeypatch, "randn_like")
     loss, *parts = plas.vae_loss(vae, batch)
     loss.backward()
     assert_close(torch.stack([loss, *parts]), slow_vae_loss(vae, batch, draws[0]))
-    assert draws[0].shape == (4, 4) and draws[0].abs().max() > 1 and not any(part.requires_grad for part in parts)
+    assert (
+        draws[0].shape == (4, 4)
+        and draws[0].abs().max() > 1
+        and not any(part.requires_grad for part in parts)
+    )
     for net in (vae.encoder, vae.decoder):
         assert_gradient(net[-1].bias, lambda: slow_vae_loss(vae, batch, draws[0])[0])
 
@@ -73,7 +82,8 @@ def test_kl_of_a_shifted_normal(action_dim):
 
 
 def test_log_std_of_the_latent_is_bounded():
-    """Whatever the encoder says, −4 ≤ log σ ≤ 15, while μ is free; two latents per action dimension."""
+    """Whatever the encoder says, −4 ≤ log σ ≤ 15, while μ is free; two latents per action
+    dimension."""
     vae = make(VAE, 3, 2)
     vae.encoder[-1].bias.data += torch.tensor([50.0, 0, 0, 0, 50, -50, 50, -50])
     mean, log_std = vae.encode(torch.randn(4, 3), torch.randn(4, 2))
@@ -96,7 +106,8 @@ def test_latents_stay_within_their_bound(bound):
 
 
 def test_gradient_reaches_the_policy_through_the_frozen_decoder():
-    """The action's derivative by every parameter of h is there; and is what finite differences say."""
+    """The action's derivative by every parameter of h is there; and is what finite differences
+    say."""
     vae, policy, obs = make(VAE, 3, 2), latent_policy(), torch.randn(4, 3)
     plas.decoded_action(vae, policy, obs).sum().backward(inputs=list(policy.parameters()))
     assert all(p.grad.abs().max() > 1e-4 for p in policy.parameters())
@@ -120,13 +131,22 @@ def test_act_is_the_decoded_action_in_the_environments_units():
 
 
 def test_td_target_equals_a_loop():
-    """(E3): the target policy's action, without noise; mostly the smaller critic; reward alone at the end."""
-    vae, policy, critic, batch, expected = make(VAE, 3, 2), latent_policy(), make(Critic, 3, 2), tiny_batch(), []
+    """(E3): the target policy's action, without noise; mostly the smaller critic; reward alone at
+    the end."""
+    vae, policy, critic, batch, expected = (
+        make(VAE, 3, 2),
+        latent_policy(),
+        make(Critic, 3, 2),
+        tiny_batch(),
+        [],
+    )
     y = plas.td_target(vae, policy, critic, batch, Args(gamma=0.9, min_weight=0.6))
     for b in range(4):
         action = slow_action(vae, policy, batch.next_obs[b])
         q = [slow_critic(critic, k, batch.next_obs[b], action) for k in range(2)]
-        expected.append(float(batch.reward[b] + (0.0 if b == 1 else 0.9 * (0.6 * min(q) + 0.4 * max(q)))))
+        expected.append(
+            float(batch.reward[b] + (0.0 if b == 1 else 0.9 * (0.6 * min(q) + 0.4 * max(q))))
+        )
     assert_close(y, expected)
     assert not y.requires_grad
 
@@ -136,18 +156,25 @@ MIXTURES = [(0.75, [1.5, -0.5]), (1.0, [1.0, -1.0]), (0.5, [2.0, 0.0]), (0.0, [3
 
 @pytest.mark.parametrize("min_weight, expected", MIXTURES)
 def test_mixture_of_the_critics(min_weight, expected):
-    """Critics that say 1 and 3, or 1 and −1: λ = 1 is the smaller, λ = ½ their mean; per transition."""
+    """Critics that say 1 and 3, or 1 and −1: λ = 1 is the smaller, λ = ½ their mean; per
+    transition."""
     q = torch.tensor([[1.0, 1.0], [3.0, -1.0]])
     batch = tiny_batch([0, 0])._replace(reward=torch.zeros(2))
     args = Args(gamma=1.0, min_weight=min_weight)
-    assert_close(plas.td_target(make(VAE, 3, 2), latent_policy(), lambda obs, action: q, batch, args), expected)
+    assert_close(
+        plas.td_target(make(VAE, 3, 2), latent_policy(), lambda obs, action: q, batch, args),
+        expected,
+    )
 
 
 def test_termination_stops_the_bootstrap_and_truncation_does_not():
-    """Where the task is over, y is the reward whatever s′ and γ; elsewhere (also at a time limit) γ and Q count."""
+    """Where the task is over, y is the reward whatever s′ and γ; elsewhere (also at a time limit) γ
+    and Q count."""
     vae, policy, batch = make(VAE, 3, 2), latent_policy(), tiny_batch(terminated=(1, 1, 1, 1))
     for gamma in (0.5, 0.99):
-        assert torch.equal(plas.td_target(vae, policy, make(Critic, 3, 2), batch, Args(gamma=gamma)), batch.reward)
+        assert torch.equal(
+            plas.td_target(vae, policy, make(Critic, 3, 2), batch, Args(gamma=gamma)), batch.reward
+        )
     y = plas.td_target(vae, policy, lambda obs, action: torch.full((2, 4), 7.0),
                        batch._replace(terminated=torch.zeros(4)), Args(gamma=0.5))
     assert_close(y, batch.reward + 3.5)
@@ -156,7 +183,10 @@ def test_termination_stops_the_bootstrap_and_truncation_does_not():
 def test_critic_loss_equals_a_loop():
     """(E4): the mean over transitions of the squared error, summed over two different critics."""
     critic, batch, y = make(Critic, 3, 2), tiny_batch(), torch.randn(4)
-    q = [[slow_critic(critic, k, batch.obs[b], batch.action[b].tolist()) for b in range(4)] for k in range(2)]
+    q = [
+        [slow_critic(critic, k, batch.obs[b], batch.action[b].tolist()) for b in range(4)]
+        for k in range(2)
+    ]
     loss, q_data = plas.critic_loss(critic, batch, y)
     assert_close(loss, sum((q[k][b] - float(y[b])) ** 2 / 4 for k in range(2) for b in range(4)))
     assert_close(q_data, sum(q[0] + q[1]) / 8)
@@ -166,7 +196,12 @@ def test_critic_loss_equals_a_loop():
 
 def test_actor_loss_equals_a_loop():
     """(E5) with its gradient: minus the mean of the first critic alone."""
-    vae, policy, critic, obs = make(VAE, 3, 2), latent_policy(), make(Critic, 3, 2), torch.randn(4, 3)
+    vae, policy, critic, obs = (
+        make(VAE, 3, 2),
+        latent_policy(),
+        make(Critic, 3, 2),
+        torch.randn(4, 3),
+    )
     critic.layers[-1].bias.data[0] += 9  # the first is not the smaller one
     loss, q_policy = plas.actor_loss(vae, policy, critic, obs)
     loss.backward()
@@ -183,7 +218,8 @@ def test_actor_loss_equals_a_loop():
 
 
 def networks():
-    """Actor, target h, Q, target Q; targets that differ from the online networks show which one is used."""
+    """Actor, target h, Q, target Q; targets that differ from the online networks show which one is
+    used."""
     actor = make(Actor, 3, 2)
     actor.latent_policy.bound.fill_(1.5)
     return [actor, latent_policy(), make(Critic, 3, 2), make(Critic, 3, 2)]
@@ -194,7 +230,8 @@ def sgd(*nets, lr=0.01):
 
 
 def test_update_is_the_algorithm_box():
-    """Q on a target from the target networks; h on the new Q; then (E6), exactly. The VAE keeps every bit."""
+    """Q on a target from the target networks; h on the new Q; then (E6), exactly. The VAE keeps
+    every bit."""
     args, data, nets = Args(batch_size=4, gamma=0.9, target_rate=0.3), tiny_data(), networks()
     actor, latent_target, critic, critic_target = copy.deepcopy(nets)
     optimizers = sgd(nets[0].latent_policy, nets[2])
@@ -204,7 +241,9 @@ def test_update_is_the_algorithm_box():
 
         torch.manual_seed(seed)
         batch = data.sample(4)
-        q_loss, q_data = plas.critic_loss(critic, batch, plas.td_target(actor.vae, latent_target, critic_target, batch, args))
+        q_loss, q_data = plas.critic_loss(
+            critic, batch, plas.td_target(actor.vae, latent_target, critic_target, batch, args)
+        )
         q_grad = step_by_hand(q_loss, list(critic.parameters()), 0.01)
         pi_loss, q_policy = plas.actor_loss(actor.vae, actor.latent_policy, critic, batch.obs)
         step_by_hand(pi_loss, list(actor.latent_policy.parameters()), 0.01)
@@ -214,7 +253,8 @@ def test_update_is_the_algorithm_box():
         for got, want in zip(nets, (actor, latent_target, critic, critic_target)):
             assert_close(flat(got), flat(want), 1e-12)
         assert torch.equal(flat(nets[0].vae), flat(actor.vae))
-        assert_close(flat_grad(nets[2]), q_grad, 1e-12)  # the policy's step adds nothing to the critic's gradient
+        # the policy's step adds nothing to the critic's gradient
+        assert_close(flat_grad(nets[2]), q_grad, 1e-12)
         for name, value in dict(critic_loss=q_loss, q_data=q_data, q_policy=q_policy).items():
             assert_close(metrics[name], value, 1e-12)
             assert not metrics[name].requires_grad
@@ -237,18 +277,24 @@ def test_update_of_the_vae_is_one_step_of_its_loss():
 def split(run):
     """The VAE and h at each moment of a silent run."""
     sizes = [len(flat(net)) for net in (run.actor.vae, run.actor.latent_policy)]
-    return [dict(zip(("vae", "latent_policy"), moment["actor"].split(sizes))) for moment in run.history]
+    return [
+        dict(zip(("vae", "latent_policy"), moment["actor"].split(sizes))) for moment in run.history
+    ]
 
 
 def test_first_the_vae_then_all_but_the_vae(monkeypatch):
-    """Stage 1 moves the VAE alone; stage 2 leaves it bit for bit as it is, and moves all else, each step."""
+    """Stage 1 moves the VAE alone; stage 2 leaves it bit for bit as it is, and moves all else, each
+    step."""
     run = silent_train(monkeypatch, plas, tiny_data(), steps=3, vae_steps=5, batch_size=4)
     parts, history = split(run), run.history  # at the start, after stage 1, and after each update
     assert len(history) == 5 and history[1]["fitted"] == 5
     assert not torch.equal(parts[0]["vae"], parts[1]["vae"])
     assert all(torch.equal(parts[1]["vae"], part["vae"]) for part in parts[1:])
     assert torch.equal(parts[0]["latent_policy"], parts[1]["latent_policy"])
-    assert all(not torch.equal(a["latent_policy"], b["latent_policy"]) for a, b in zip(parts[1:], parts[2:]))
+    assert all(
+        not torch.equal(a["latent_policy"], b["latent_policy"])
+        for a, b in zip(parts[1:], parts[2:])
+    )
     for name in ("critic", "latent_target", "critic_target"):
         assert run.steps_that_moved(name) == [2, 3, 4]
     assert torch.equal(history[0]["critic"], history[0]["critic_target"])
@@ -257,16 +303,21 @@ def test_first_the_vae_then_all_but_the_vae(monkeypatch):
     assert run.actor.latent_policy.bound == 2 and run.state["latent_target"].bound == 2
 
 
-@pytest.mark.parametrize("setting, still", [("vae_lr", "vae"), ("actor_lr", "latent_policy"), ("critic_lr", "critic")])
+@pytest.mark.parametrize(
+    "setting, still", [("vae_lr", "vae"), ("actor_lr", "latent_policy"), ("critic_lr", "critic")]
+)
 def test_each_learning_rate_has_its_own_network(monkeypatch, setting, still):
-    run = silent_train(monkeypatch, plas, tiny_data(), steps=2, vae_steps=2, batch_size=4, **{setting: 0.0})
+    run = silent_train(
+        monkeypatch, plas, tiny_data(), steps=2, vae_steps=2, batch_size=4, **{setting: 0.0}
+    )
     parts = [part | {"critic": moment["critic"]} for part, moment in zip(split(run), run.history)]
     moved = {name for name in parts[0] if not torch.equal(parts[0][name], parts[-1][name])}
     assert moved == {"vae", "latent_policy", "critic"} - {still}
 
 
 def test_a_resumed_run_goes_on_with_the_vae_where_it_was(monkeypatch):
-    """Of five steps three are behind it: two more. With five behind it, none, and nothing to save before step 1."""
+    """Of five steps three are behind it: two more. With five behind it, none, and nothing to save
+    before step 1."""
     steps = []
     real = plas.update_vae
     monkeypatch.setattr(plas, "update_vae", lambda *args: steps.append(0) or real(*args))
@@ -287,7 +338,9 @@ def test_ctrl_c_in_stage_1_saves_at_once(monkeypatch, capsys):
     """The step under way is finished and saved as step 0, and the run ends."""
     saved = []
     monkeypatch.setattr(SilentRun, "stop", True)
-    monkeypatch.setattr(SilentRun, "save", lambda run, step: saved.append((step, int(run.state["fitted"]))))
+    monkeypatch.setattr(
+        SilentRun, "save", lambda run, step: saved.append((step, int(run.state["fitted"])))
+    )
     with pytest.raises(SystemExit) as left:
         silent_train(monkeypatch, plas, tiny_data(), steps=2, vae_steps=50, batch_size=4)
     said = capsys.readouterr()
@@ -299,7 +352,8 @@ def test_ctrl_c_in_stage_1_saves_at_once(monkeypatch, capsys):
 
 
 def learn_between_two_modes(monkeypatch, reward):
-    """One state, for ever; half the data's actions are −0.8 and half 0.8. What others earn, nobody knows."""
+    """One state, for ever; half the data's actions are −0.8 and half 0.8. What others earn, nobody
+    knows."""
     for name in ("HIDDEN", "VAE_HIDDEN"):
         monkeypatch.setattr(plas, name, (32, 32))
     torch.manual_seed(0)
@@ -307,19 +361,32 @@ def learn_between_two_modes(monkeypatch, reward):
     data.action[:, 0] = torch.where(torch.arange(256) % 2 == 0, 0.8, -0.8)
     data.reward[:] = reward(data.action[:, 0])
     data.action_mid, data.action_half = torch.zeros(1), torch.ones(1)
-    run = silent_train(monkeypatch, plas, data, steps=200, vae_steps=500, batch_size=32, gamma=0.5, target_rate=0.2,
-                       vae_lr=5e-3, actor_lr=5e-3, critic_lr=5e-3)
+    run = silent_train(
+        monkeypatch,
+        plas,
+        data,
+        steps=200,
+        vae_steps=500,
+        batch_size=32,
+        gamma=0.5,
+        target_rate=0.2,
+        vae_lr=5e-3,
+        actor_lr=5e-3,
+        critic_lr=5e-3,
+    )
     return run
 
 
 @pytest.mark.parametrize("better", [1, -1])
 def test_it_finds_the_better_mode_where_a_clone_would_average(monkeypatch, better):
-    """r = ±a, so a clone's 0 earns nothing, and Q, never told what ±1 brings, is largest there: an unconstrained policy leaves
-    for it. PLAS settles on the better mode."""
+    """r = ±a, so a clone's 0 earns nothing, and Q, never told what ±1 brings, is largest there: an
+    unconstrained policy leaves for it. PLAS settles on the better mode."""
     run = learn_between_two_modes(monkeypatch, lambda action: better * action)
     actor, anything = run.actor, torch.linspace(-1, 1, 101)[:, None]
     assert better * anything[run.state["critic"](torch.zeros(101, 3), anything)[0].argmax()] > 0.99
     assert 0.6 < better * actor.act(torch.zeros(1, 3)).item() < 0.95
     z = 4 * torch.rand(1000, 2) - 2
     decoded = torch.tanh(actor.vae.decode(torch.zeros(1000, 3), z))[:, 0].abs()
-    assert decoded.max() < 0.95 and decoded.quantile(0.5) > 0.6, "any latent within ±2 stays near a mode, or between them"
+    assert decoded.max() < 0.95 and decoded.quantile(0.5) > 0.6, (
+        "any latent within ±2 stays near a mode, or between them"
+    )

@@ -1,10 +1,15 @@
-"""The landing page: short, with links that lead somewhere, code that is the file's, and tests that exist."""
+"""The landing page: short, with links that lead somewhere, code that is the file's, and tests that
+exist."""
 import re
 
 import pytest
 from conftest import ROOT
 
-PAGES = [ROOT / "README.md", ROOT / "results" / "README.md", ROOT / "results" / "lessons" / "README.md"]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "results" / "README.md",
+    ROOT / "results" / "lessons" / "README.md",
+]
 README = PAGES[0].read_text()
 
 
@@ -32,7 +37,9 @@ def test_every_algorithm_is_linked():
 
 
 def test_the_equations_are_where_the_table_says():
-    rows = [row for row in README.splitlines() if re.search(r"\(E\d+\)", row) and row.startswith("|")]
+    rows = [
+        row for row in README.splitlines() if re.search(r"\(E\d+\)", row) and row.startswith("|")
+    ]
     assert len(rows) >= 12
     for row in rows:
         files = re.findall(r"\((algorithms/\w+\.py)\)", row)

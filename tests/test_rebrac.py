@@ -1,4 +1,5 @@
-"""ReBRAC against slow loops, its special cases with known answers, and where it holds on while TD3 runs away."""
+"""ReBRAC against slow loops, its special cases with known answers, and where it holds on while TD3
+runs away."""
 import copy
 import math
 import sys
@@ -32,7 +33,8 @@ def small(exact, monkeypatch):
 
 
 def networks():
-    """Actor, its target, critics, their target: all different, with outputs that are not small, and norms that do something."""
+    """Actor, its target, critics, their target: all different, with outputs that are not small, and
+    norms that do something."""
     nets = [make(net, 3, 2) for net in (Actor, Actor, Critic, Critic)]
     for net in nets:
         for parameter in (net.net[-1] if isinstance(net, Actor) else net.layers[-1]).parameters():
@@ -51,8 +53,12 @@ def slow_action(actor, obs):
 
 
 def test_td_target_equals_a_loop(monkeypatch):
-    """(E1), (E2): noise and action clipped, the smaller critic, the noisy action's distance to the data's next action."""
-    args, (actor, _, critic, _) = Args(gamma=0.9, policy_noise=0.6, noise_clip=0.5, critic_penalty=0.7), networks()
+    """(E1), (E2): noise and action clipped, the smaller critic, the noisy action's distance to the
+    data's next action."""
+    args, (actor, _, critic, _) = (
+        Args(gamma=0.9, policy_noise=0.6, noise_clip=0.5, critic_penalty=0.7),
+        networks(),
+    )
     batch, next_data_action = tiny_batch(), 2 * torch.rand(4, 2) - 1
     draws, expected, clips = record_draws(monkeypatch, "randn_like"), [], set()
     y = rebrac.td_target(actor, critic, batch, next_data_action, args)
@@ -74,7 +80,10 @@ def test_td_target_equals_a_loop(monkeypatch):
 def test_critic_loss_equals_a_loop():
     """(E3): the mean over transitions of the squared error, summed over two different critics."""
     critic, batch, y = networks()[2], tiny_batch(), torch.randn(4)
-    q = [[slow_normed_critic(critic, k, batch.obs[b], batch.action[b].tolist()) for b in range(4)] for k in range(2)]
+    q = [
+        [slow_normed_critic(critic, k, batch.obs[b], batch.action[b].tolist()) for b in range(4)]
+        for k in range(2)
+    ]
     loss, q_data = rebrac.critic_loss(critic, batch, y)
     assert_close(loss, sum((q[k][b] - float(y[b])) ** 2 / 4 for k in range(2) for b in range(4)))
     assert_close(q_data, sum(q[0] + q[1]) / 8)
@@ -88,18 +97,32 @@ def test_critic_loss_refuses_a_column_of_targets():
 
 
 def test_actor_loss_equals_a_loop():
-    """(E4), (E5): λ from |Q|, Q the smaller of both critics per transition; cloning summed over action dimensions."""
+    """(E4), (E5): λ from |Q|, Q the smaller of both critics per transition; cloning summed over
+    action dimensions."""
     (actor, _, critic, _), batch = networks(), tiny_batch()
     actions = [slow_action(actor, batch.obs[b]) for b in range(4)]
-    both = [[slow_normed_critic(critic, k, batch.obs[b], actions[b]) for b in range(4)] for k in range(2)]
-    critic.layers[-1].bias.data[1] -= both[1][0] - both[0][0] + 0.1  # so that each critic is the smaller one somewhere
-    both = [[slow_normed_critic(critic, k, batch.obs[b], actions[b]) for b in range(4)] for k in range(2)]
+    both = [
+        [slow_normed_critic(critic, k, batch.obs[b], actions[b]) for b in range(4)]
+        for k in range(2)
+    ]
+    # so that each critic is the smaller one somewhere
+    critic.layers[-1].bias.data[1] -= both[1][0] - both[0][0] + 0.1
+    both = [
+        [slow_normed_critic(critic, k, batch.obs[b], actions[b]) for b in range(4)]
+        for k in range(2)
+    ]
     critic.layers[-1].bias.data -= min(both[0][0], both[1][0]) - 0.01
-    both = [[slow_normed_critic(critic, k, batch.obs[b], actions[b]) for b in range(4)] for k in range(2)]
+    both = [
+        [slow_normed_critic(critic, k, batch.obs[b], actions[b]) for b in range(4)]
+        for k in range(2)
+    ]
     assert {u < v for u, v in zip(*both)} == {True, False}
     q = [min(both[0][b], both[1][b]) for b in range(4)]
     assert min(q) < 0 < max(q), "with one sign, mean |Q| and |mean Q| would be the same"
-    cloning = sum((actions[b][i] - float(batch.action[b, i])) ** 2 for b in range(4) for i in range(2)) / 4
+    cloning = (
+        sum((actions[b][i] - float(batch.action[b, i])) ** 2 for b in range(4) for i in range(2))
+        / 4
+    )
     loss, *metrics = rebrac.actor_loss(actor, critic, batch, 0.3)
     assert_close(loss, 0.3 * cloning - sum(q) / 4 / (sum(map(abs, q)) / 4))
     assert_close(torch.stack(metrics), [cloning, sum(q) / 4])
@@ -109,10 +132,22 @@ def test_actor_loss_equals_a_loop():
 
 
 def test_the_target_drops_by_the_penalty():
-    """ã′ − a′ = 0.2 in each of 3 dimensions, β₂ = 0.01, γ = 0.99: y is 0.99 · 0.01 · 3 · 0.04 = 0.001188 lower."""
-    batch, args = tiny_batch(terminated=(0, 1, 0, 0), action_dim=3), dict(policy_noise=0.0, gamma=0.99)
-    ys = [rebrac.td_target(lambda obs: torch.full((4, 3), 0.5), lambda obs, action: torch.full((2, 4), 7.0), batch,
-                           torch.full((4, 3), 0.3), Args(critic_penalty=penalty, **args)) for penalty in (0.0, 0.01)]
+    """ã′ − a′ = 0.2 in each of 3 dimensions, β₂ = 0.01, γ = 0.99: y is 0.99 · 0.01 · 3 · 0.04 =
+    0.001188 lower."""
+    batch, args = (
+        tiny_batch(terminated=(0, 1, 0, 0), action_dim=3),
+        dict(policy_noise=0.0, gamma=0.99),
+    )
+    ys = [
+        rebrac.td_target(
+            lambda obs: torch.full((4, 3), 0.5),
+            lambda obs, action: torch.full((2, 4), 7.0),
+            batch,
+            torch.full((4, 3), 0.3),
+            Args(critic_penalty=penalty, **args),
+        )
+        for penalty in (0.0, 0.01)
+    ]
     assert_close(ys[0] - ys[1], [0.001188, 0.0, 0.001188, 0.001188], 1e-10)
 
 
@@ -133,12 +168,20 @@ def test_termination_stops_bootstrap_and_penalty():
         assert torch.equal(y, batch.reward)
 
 
-@pytest.mark.parametrize("noise, clip, largest", [(0.2, 0.5, 0.5), (9.0, 0.5, 0.5), (9.0, 3.0, 1.0), (0.0, 0.5, 0.0)])
+@pytest.mark.parametrize(
+    "noise, clip, largest", [(0.2, 0.5, 0.5), (9.0, 0.5, 0.5), (9.0, 3.0, 1.0), (0.0, 0.5, 0.0)]
+)
 def test_smoothing_noise(noise, clip, largest):
-    """Bounded by noise_clip, then by the action range; none with σ = 0; its own for each transition and dimension."""
+    """Bounded by noise_clip, then by the action range; none with σ = 0; its own for each transition
+    and dimension."""
     seen = []
-    rebrac.td_target(torch.zeros_like, lambda obs, action: seen.append(action) or torch.zeros(2, 64),
-                     tiny_batch([0] * 64, obs_dim=2), torch.zeros(64, 2), Args(policy_noise=noise, noise_clip=clip))
+    rebrac.td_target(
+        torch.zeros_like,
+        lambda obs, action: seen.append(action) or torch.zeros(2, 64),
+        tiny_batch([0] * 64, obs_dim=2),
+        torch.zeros(64, 2),
+        Args(policy_noise=noise, noise_clip=clip),
+    )
     assert seen[0].abs().max() <= largest
     if noise == 0.2:
         assert len(seen[0].unique()) > 120, "128 draws, of which a few may sit on the clip"
@@ -152,7 +195,8 @@ def test_smoothing_noise(noise, clip, largest):
 
 
 def test_next_actions_stay_within_their_episode():
-    """a′ is the next row's action. Rows at a time limit and a cut-off last row have none and go; terminated ones stay."""
+    """a′ is the next row's action. Rows at a time limit and a cut-off last row have none and go;
+    terminated ones stay."""
     def taken(terminated=(3,), truncated=(7, 11)):
         """(a′, what is left of the data), for a dataset of twelve rows with these ends."""
         data = copy.deepcopy(whole)
@@ -175,21 +219,47 @@ def test_next_actions_stay_within_their_episode():
     assert_left(data, kept)
     assert torch.equal(again, next_action)
     assert_left(taken(terminated=(3, 11), truncated=(7,))[1], [*kept, 11])
-    assert_left(taken(terminated=(3, 11), truncated=(3, 7, 11))[1], [*kept, 11])  # both ends at once: over is over
+    # both ends at once: over is over
+    assert_left(taken(terminated=(3, 11), truncated=(3, 7, 11))[1], [*kept, 11])
 
 
 def test_update_pairs_each_transition_with_its_own_next_action(monkeypatch):
     """Action = row number / 100: wherever the episode goes on, a′ = a + 0.01."""
     data, seen = tiny_data(), []
     data.action = torch.arange(12.0)[:, None].expand(12, 2) / 100
-    monkeypatch.setattr(rebrac, "td_target", lambda actor, critic, batch, next_data_action, args: seen.append(
-        (batch, next_data_action)) or batch.reward)
+    monkeypatch.setattr(
+        rebrac,
+        "td_target",
+        lambda actor, critic, batch, next_data_action, args: (
+            seen.append((batch, next_data_action)) or batch.reward
+        ),
+    )
     actor, actor_target, critic, critic_target = networks()
-    rebrac.update(Args(batch_size=64), data, rebrac.take_next_actions(data), actor, actor_target, critic, critic_target,
-                  *sgd(actor, critic), False)
+    rebrac.update(
+        Args(batch_size=64),
+        data,
+        rebrac.take_next_actions(data),
+        actor,
+        actor_target,
+        critic,
+        critic_target,
+        *sgd(actor, critic),
+        False,
+    )
     batch, next_data_action = seen[0]
     assert_close(next_data_action, batch.action + 0.01)
-    assert set((100 * batch.action[:, 0]).round().int().tolist()) == {0, 1, 2, 3, 4, 5, 6, 8, 9, 10}, "64 draws see all rows"
+    assert set((100 * batch.action[:, 0]).round().int().tolist()) == {
+        0,
+        1,
+        2,
+        3,
+        4,
+        5,
+        6,
+        8,
+        9,
+        10,
+    }, "64 draws see all rows"
 
 
 # ---- the actor's loss
@@ -202,9 +272,12 @@ def actor_gradient(actor, critic, batch, actor_penalty):
 
 
 def test_cloning_error_is_a_sum_over_action_dimensions():
-    """π = (0, 0, 0), a = (1, 1, 1), β₁ = 0.01: 0.03, not 0.01; and a constant Q adds −1 whatever its size."""
+    """π = (0, 0, 0), a = (1, 1, 1), β₁ = 0.01: 0.03, not 0.01; and a constant Q adds −1 whatever
+    its size."""
     batch = tiny_batch(action_dim=3)._replace(action=torch.ones(4, 3))
-    loss, cloning, _ = rebrac.actor_loss(torch.zeros_like, lambda obs, action: torch.full((2, 4), 123.0), batch, 0.01)
+    loss, cloning, _ = rebrac.actor_loss(
+        torch.zeros_like, lambda obs, action: torch.full((2, 4), 123.0), batch, 0.01
+    )
     assert_close(torch.stack([loss, cloning]), [0.03 - 1, 3.0])
 
 
@@ -228,7 +301,9 @@ def test_lambda_is_a_constant_to_the_gradient():
     assert (q > 0).all()
     (0.3 * ((action - batch.action) ** 2).sum(1) - q / q.abs().mean().item()).mean().backward()
     assert_close(got, flat_grad(actor))
-    assert (got - actor_gradient(actor, lambda obs, action: torch.ones(2, 4), batch, 0.3)).abs().max() > 1e-3, "Q matters"
+    assert (
+        got - actor_gradient(actor, lambda obs, action: torch.ones(2, 4), batch, 0.3)
+    ).abs().max() > 1e-3, "Q matters"
 
 
 def test_with_one_critic_it_is_td3_bcs_loss():
@@ -245,7 +320,8 @@ def test_with_one_critic_it_is_td3_bcs_loss():
 
 
 def test_hidden_features_are_normalised_after_the_relu():
-    """Mean 0 and variance 1 over the features, for every critic and transition; and so not the pre-activations."""
+    """Mean 0 and variance 1 over the features, for every critic and transition; and so not the
+    pre-activations."""
     critic, seen = Critic(3, 2), []
     for norm in critic.norms:
         norm.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0], output)))
@@ -260,10 +336,13 @@ def test_hidden_features_are_normalised_after_the_relu():
 
 
 def test_official_initialisation():
-    """Hidden biases 0.1; last layers within ±0.003 (critics) and ±0.001 (actor); two critics that differ; norms neutral."""
+    """Hidden biases 0.1; last layers within ±0.003 (critics) and ±0.001 (actor); two critics that
+    differ; norms neutral."""
     actor, critic = Actor(3, 2), Critic(3, 2)
     hidden = [*actor.net[:-1:2], *critic.layers[:-1]]
-    assert len(hidden) == 6 and all((layer.bias == 0.1).all() and layer.weight.std() > 0.1 for layer in hidden)
+    assert len(hidden) == 6 and all(
+        (layer.bias == 0.1).all() and layer.weight.std() > 0.1 for layer in hidden
+    )
     for layer, bound in ((actor.net[-1], 1e-3), (critic.layers[-1], 3e-3)):
         assert bound / 2 < layer.weight.abs().max() <= bound and 0 < layer.bias.abs().max() <= bound
     assert all((norm.weight == 1).all() and (norm.bias == 0).all() for norm in critic.norms)
@@ -287,7 +366,8 @@ def sgd(*nets, lr=0.01):
 
 @pytest.mark.parametrize("update_actor", [False, True])
 def test_update_is_the_algorithm_box(update_actor):
-    """Critic; in its turn the actor on the new critic, after its target has moved; then the critic's target, exactly."""
+    """Critic; in its turn the actor on the new critic, after its target has moved; then the
+    critic's target, exactly."""
     args = Args(batch_size=4, gamma=0.9, target_rate=0.3, actor_penalty=0.4, critic_penalty=0.2)
     data, nets = tiny_data(), networks()
     next_action = rebrac.take_next_actions(data)
@@ -314,29 +394,47 @@ def test_update_is_the_algorithm_box(update_actor):
             expected |= dict(cloning_error=cloning, q_policy=q_policy)
         for got, want in zip(nets, (actor, actor_target, critic, critic_target)):
             assert_close(flat(got), flat(want), 1e-12)
-        assert_close(flat_grad(nets[2]), q_grad, 1e-12)  # the actor's step adds nothing to the critic's gradient
+        # the actor's step adds nothing to the critic's gradient
+        assert_close(flat_grad(nets[2]), q_grad, 1e-12)
         assert metrics.keys() == expected.keys()
         for name, value in expected.items():
             assert_close(metrics[name], value, 1e-12)
 
 
 def test_the_actors_target_lags_one_step():
-    """With rate 1, one update leaves π̄ at the actor from before it and Q̄ at the critic from after it."""
+    """With rate 1, one update leaves π̄ at the actor from before it and Q̄ at the critic from after
+    it."""
     data, (actor, actor_target, critic, critic_target) = tiny_data(), networks()
     before = flat(actor), flat(critic)
-    rebrac.update(Args(batch_size=4, target_rate=1.0), data, rebrac.take_next_actions(data), actor, actor_target, critic,
-                  critic_target, *sgd(actor, critic), True)
+    rebrac.update(
+        Args(batch_size=4, target_rate=1.0),
+        data,
+        rebrac.take_next_actions(data),
+        actor,
+        actor_target,
+        critic,
+        critic_target,
+        *sgd(actor, critic),
+        True,
+    )
     assert_close(flat(actor_target), before[0], 1e-14)
     assert_close(flat(critic_target), flat(critic), 1e-14)
     assert not torch.equal(flat(actor), before[0]) and not torch.equal(flat(critic), before[1])
 
 
 def test_each_step_moves_its_own_network_only():
-    """The critic's loss gives the actor no gradient, the actor's step leaves critic and targets without one."""
-    args, data, (actor, actor_target, critic, critic_target) = Args(batch_size=4), tiny_data(), networks()
+    """The critic's loss gives the actor no gradient, the actor's step leaves critic and targets
+    without one."""
+    args, data, (actor, actor_target, critic, critic_target) = (
+        Args(batch_size=4),
+        tiny_data(),
+        networks(),
+    )
     nets = args, data, rebrac.take_next_actions(data), actor, actor_target, critic, critic_target
     rebrac.update(*nets, *sgd(actor, critic), False)
-    assert all(p.grad is None for net in (actor, actor_target, critic_target) for p in net.parameters())
+    assert all(
+        p.grad is None for net in (actor, actor_target, critic_target) for p in net.parameters()
+    )
     assert all(p.grad is not None for p in critic.parameters())
     before = flat(critic)
     rebrac.update(*nets, *sgd(actor, critic, lr=0.0), True)
@@ -345,8 +443,18 @@ def test_each_step_moves_its_own_network_only():
 
 
 def test_train_delays_actor_and_targets(monkeypatch):
-    """Ten updates: ten of the critic, five of actor and targets, from the first on; π̄'s first is onto itself."""
-    run = silent_train(monkeypatch, rebrac, tiny_data(), steps=10, batch_size=4, policy_delay=2, actor_lr=0.01, critic_lr=0.02)
+    """Ten updates: ten of the critic, five of actor and targets, from the first on; π̄'s first is
+    onto itself."""
+    run = silent_train(
+        monkeypatch,
+        rebrac,
+        tiny_data(),
+        steps=10,
+        batch_size=4,
+        policy_delay=2,
+        actor_lr=0.01,
+        critic_lr=0.02,
+    )
     assert run.steps_that_moved("critic") == list(range(1, 11))
     for name in ("actor", "critic_target"):
         assert run.steps_that_moved(name) == [1, 3, 5, 7, 9]
@@ -354,8 +462,12 @@ def test_train_delays_actor_and_targets(monkeypatch):
     for name in ("actor", "critic"):
         assert torch.equal(run.history[0][name], run.history[0][name + "_target"])
         assert not torch.equal(run.history[10][name], run.history[10][name + "_target"])
-    assert_close(torch.stack([run.actor.action_mid, run.actor.action_half]), [[0.5, 0.5], [1.0, 2.0]])
-    assert [run.state[f"{name}_optimizer"].param_groups[0]["lr"] for name in ("actor", "critic")] == [0.01, 0.02]
+    assert_close(
+        torch.stack([run.actor.action_mid, run.actor.action_half]), [[0.5, 0.5], [1.0, 2.0]]
+    )
+    assert [
+        run.state[f"{name}_optimizer"].param_groups[0]["lr"] for name in ("actor", "critic")
+    ] == [0.01, 0.02]
 
 
 # ---- tuned settings
@@ -367,12 +479,15 @@ def parse(monkeypatch, *arguments):
 
 
 def test_tuned_values_fill_what_the_user_leaves_open(monkeypatch, capsys):
-    """A suite dataset brings its own two weights, and says so; a flag stands, even where it repeats the default of Args."""
+    """A suite dataset brings its own two weights, and says so; a flag stands, even where it repeats
+    the default of Args."""
     args = parse(monkeypatch, "--env", "hopper-medium-replay", "--seed", "3")
     assert (args.actor_penalty, args.critic_penalty, args.seed) == (0.05, 0.5, 3)
     assert capsys.readouterr().out == ("tuned for hopper-medium-replay: --actor-penalty 0.05\n"
                                        "tuned for hopper-medium-replay: --critic-penalty 0.5\n")
-    args = parse(monkeypatch, "--env", "hopper-medium-replay", "--actor-penalty", str(Args().actor_penalty))
+    args = parse(
+        monkeypatch, "--env", "hopper-medium-replay", "--actor-penalty", str(Args().actor_penalty)
+    )
     assert (args.actor_penalty, args.critic_penalty) == (Args().actor_penalty, 0.5)
     assert capsys.readouterr().out == "tuned for hopper-medium-replay: --critic-penalty 0.5\n"
 
@@ -385,16 +500,21 @@ def test_other_datasets_have_the_defaults(monkeypatch, capsys):
 
 def test_tuned_values_are_of_suite_datasets_and_own_settings():
     """Every key is a name that load_dataset knows, every value goes to a setting that exists."""
-    assert set(rebrac.TUNED) == {f"{body}-{level}" for body in ("hopper", "walker2d", "halfcheetah") for level in LEVELS}
+    assert set(rebrac.TUNED) == {
+        f"{body}-{level}" for body in ("hopper", "walker2d", "halfcheetah") for level in LEVELS
+    }
     assert {env.split("-")[0] for env in rebrac.TUNED} < set(SUITE)
-    assert all(set(values) == {"actor_penalty", "critic_penalty"} for values in rebrac.TUNED.values())
+    assert all(
+        set(values) == {"actor_penalty", "critic_penalty"} for values in rebrac.TUNED.values()
+    )
 
 
 # ---- unlike TD3
 
 
 def learn_from_a_narrow_corridor(algorithm, seed, **settings):
-    """One state, for ever; data actions in [−0.2, 0.2] earn what they say, r = a. What a = 1 earns, nobody knows."""
+    """One state, for ever; data actions in [−0.2, 0.2] earn what they say, r = a. What a = 1 earns,
+    nobody knows."""
     torch.manual_seed(seed)
     data = tiny_data(257, action_dim=1)
     data.obs = data.next_obs = torch.zeros(257, 3)
@@ -415,7 +535,8 @@ def learn_from_a_narrow_corridor(algorithm, seed, **settings):
 
 @pytest.mark.parametrize("seed", (1, 2))
 def test_layer_norm_alone_stops_what_td3_runs_away_with(monkeypatch, seed):
-    """No data action is worth more than 0.2 / (1 − γ) = 2. Without any penalty TD3 acts far outside and expects far more."""
+    """No data action is worth more than 0.2 / (1 − γ) = 2. Without any penalty TD3 acts far outside
+    and expects far more."""
     for algorithm in (rebrac, td3_bc):
         monkeypatch.setattr(algorithm, "HIDDEN", (32, 32, 32))
     action, q = learn_from_a_narrow_corridor(td3_bc, seed, q_weight=1e6)

@@ -55,8 +55,16 @@ def slow_mix(row, values) -> list:
 
 
 def slow_targets(q_target, weights, batch, gamma) -> list:
-    return [[float(batch.reward[b]) + gamma * (1 - float(batch.terminated[b]))
-             * max(slow_mix(row, heads(q_target, batch.next_obs[b]))) for b in range(4)] for row in weights]
+    return [
+        [
+            float(batch.reward[b])
+            + gamma
+            * (1 - float(batch.terminated[b]))
+            * max(slow_mix(row, heads(q_target, batch.next_obs[b])))
+            for b in range(4)
+        ]
+        for row in weights
+    ]
 
 
 def slow_loss(q_net, weights, batch, y) -> float:
@@ -82,7 +90,9 @@ def test_head_weights_equal_a_loop(monkeypatch):
 
 def test_weights_are_normalised_uniform_not_dirichlet():
     """Of two heads the variance is 3/4 − log 2 = 0.0569; Dirichlet(1) would have 1/12 = 0.0833."""
-    first = torch.cat([rem.head_weights(2, False, torch.device("cpu")) for _ in range(20_000)])[:, 0]
+    first = torch.cat([rem.head_weights(2, False, torch.device("cpu")) for _ in range(20_000)])[
+        :, 0
+    ]
     assert_close(first.var(), 0.75 - math.log(2), 0.002)
     assert_close(first.mean(), 0.5, 0.005)
     assert first.min() >= 0 and first.max() <= 1
@@ -116,7 +126,8 @@ def test_target_and_loss_and_gradient_equal_a_loop(ensemble):
 
 
 def test_rem_mixes_before_the_maximum_and_ensemble_dqn_after():
-    """Q̄_1 = [1, 0], Q̄_2 = [0, 1], α = (½, ½): the mixture's best is ½, the mean of the heads' bests is 1."""
+    """Q̄_1 = [1, 0], Q̄_2 = [0, 1], α = (½, ½): the mixture's best is ½, the mean of the heads'
+    bests is 1."""
     q_target = lambda obs: torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]])
     batch = tiny_batch((0,))._replace(reward=torch.zeros(1))
     assert_close(rem.td_target(q_target, torch.tensor([[0.5, 0.5]]), batch, 1.0), [[0.5]])
@@ -141,7 +152,9 @@ def test_fixed_equal_weights_are_dqn_of_the_mean_head_and_random_ones_are_not():
     q_net, q_target = (make(lambda *dims: QNetwork(*dims, num_heads=K), (3,), A) for _ in range(2))
     mean, mean_target = (lambda obs, net=net: net(obs).mean(dim=0) for net in (q_net, q_target))
     batch, equal, random = discrete_batch(), torch.full((1, K), 1 / K), some_weights(False)
-    expected = dqn.critic_loss(mean, batch, dqn.td_target(mean, mean_target, batch, dqn.Args(gamma=0.9)))[0]
+    expected = dqn.critic_loss(
+        mean, batch, dqn.td_target(mean, mean_target, batch, dqn.Args(gamma=0.9))
+    )[0]
     loss = rem.critic_loss(q_net, equal, batch, rem.td_target(q_target, equal, batch, 0.9))[0]
     other = rem.critic_loss(q_net, random, batch, rem.td_target(q_target, random, batch, 0.9))[0]
     assert_close(loss, expected)
@@ -150,7 +163,8 @@ def test_fixed_equal_weights_are_dqn_of_the_mean_head_and_random_ones_are_not():
 
 @pytest.mark.parametrize("ensemble", [False, True])
 def test_one_head_is_dqn(ensemble):
-    """Same seed, same batch: the same loss, and the same network after two updates, of which one copies the target."""
+    """Same seed, same batch: the same loss, and the same network after two updates, of which one
+    copies the target."""
     data, results = tiny_discrete_data(), []
     for module, settings in ((dqn, {}), (rem, dict(num_heads=1, ensemble=ensemble))):
         torch.manual_seed(1)
@@ -158,9 +172,23 @@ def test_one_head_is_dqn(ensemble):
         q_target, optimizer = copy.deepcopy(q_net), torch.optim.Adam(q_net.parameters(), lr=0.1)
         for seed in range(3):
             torch.manual_seed(seed)
-            metrics = module.update(module.Args(batch_size=4, **settings), data, q_net, q_target, optimizer,
-                                    copy_target=seed == 1)
-        results.append((metrics["critic_loss"], metrics["q_data"], metrics["q_policy"], flat(q_net), flat(q_target)))
+            metrics = module.update(
+                module.Args(batch_size=4, **settings),
+                data,
+                q_net,
+                q_target,
+                optimizer,
+                copy_target=seed == 1,
+            )
+        results.append(
+            (
+                metrics["critic_loss"],
+                metrics["q_data"],
+                metrics["q_policy"],
+                flat(q_net),
+                flat(q_target),
+            )
+        )
     for got, want in zip(*results):
         assert_close(got, want, 1e-12)
 
@@ -168,14 +196,20 @@ def test_one_head_is_dqn(ensemble):
 def test_no_loss_where_every_head_is_right():
     """Two states, both actions: Q* by hand; any combination of equal right heads is right."""
     gamma = 0.5
-    Q = torch.tensor([[1.5, 1.0], [1.0, 0.0]])  # in state 0: 1 + γ·1 by way of state 1, or 1 and the end; in state 1: 1 or 0
+    # in state 0: 1 + γ·1 by way of state 1, or 1 and the end; in state 1: 1 or 0
+    Q = torch.tensor([[1.5, 1.0], [1.0, 0.0]])
     batch = tiny_batch((0, 1, 1, 1))._replace(
-        obs=torch.eye(2)[[0, 0, 1, 1]], action=torch.tensor([0, 1, 0, 1]), reward=torch.tensor([1.0, 1.0, 1.0, 0.0]),
-        next_obs=torch.eye(2)[[1, 0, 0, 0]])
+        obs=torch.eye(2)[[0, 0, 1, 1]],
+        action=torch.tensor([0, 1, 0, 1]),
+        reward=torch.tensor([1.0, 1.0, 1.0, 0.0]),
+        next_obs=torch.eye(2)[[1, 0, 0, 0]],
+    )
     q_net = lambda obs: (obs @ Q).expand(K, -1, -1)
     for ensemble in (False, True):
         weights = some_weights(ensemble)
-        loss, _ = rem.critic_loss(q_net, weights, batch, rem.td_target(q_net, weights, batch, gamma))
+        loss, _ = rem.critic_loss(
+            q_net, weights, batch, rem.td_target(q_net, weights, batch, gamma)
+        )
         assert loss < 1e-20
 
 
@@ -212,7 +246,9 @@ def test_update_is_the_algorithm_box(ensemble):
 
 
 def test_train_copies_the_target_on_time(monkeypatch):
-    run = silent_train(monkeypatch, rem, tiny_discrete_data(), steps=9, batch_size=4, target_every=3, num_heads=K)
+    run = silent_train(
+        monkeypatch, rem, tiny_discrete_data(), steps=9, batch_size=4, target_every=3, num_heads=K
+    )
     assert run.steps_that_moved("q_net") == list(range(1, 10))
     assert run.steps_that_moved("q_target") == [3, 6, 9]
     assert torch.equal(run.history[0]["q_net"], run.history[0]["q_target"])
@@ -223,7 +259,9 @@ def test_act_takes_what_the_mean_of_the_heads_finds_best():
     values = np.array([heads(q_net, row) for row in obs])  # (B, K, A)
     best = values.mean(axis=1).argmax(axis=1)
     assert q_net.act(obs).tolist() == best.tolist()
-    assert all((values[:, k].argmax(axis=1) != best).any() for k in range(K)), "no head alone says the same"
+    assert all((values[:, k].argmax(axis=1) != best).any() for k in range(K)), (
+        "no head alone says the same"
+    )
 
 
 # ---- images
@@ -231,11 +269,24 @@ def test_act_takes_what_the_mean_of_the_heads_finds_best():
 
 @pytest.mark.parametrize("shape", [(4, 84, 84), (44, 60, 3)])
 def test_frames_get_the_nature_network_and_clipped_rewards(monkeypatch, tmp_path, shape):
-    """A Minari set of uint8 images: read, learnt from, saved and solved, with rewards of 10 counted as 1."""
+    """A Minari set of uint8 images: read, learnt from, saved and solved, with rewards of 10 counted
+    as 1."""
     torch.set_default_dtype(torch.float32)
     name, episodes = build_pixels(monkeypatch, tmp_path, shape)
-    args = Args(env=name, steps=40, batch_size=16, learning_rate=1e-3, target_every=10, num_heads=5, gamma=0.5,
-                device="cpu", out=str(tmp_path / "runs"), eval_every=40, eval_episodes=1, final_episodes=4)
+    args = Args(
+        env=name,
+        steps=40,
+        batch_size=16,
+        learning_rate=1e-3,
+        target_every=10,
+        num_heads=5,
+        gamma=0.5,
+        device="cpu",
+        out=str(tmp_path / "runs"),
+        eval_every=40,
+        eval_episodes=1,
+        final_episodes=4,
+    )
     rem.train(args)
     act = common.load_policy(next((tmp_path / "runs" / "rem").iterdir()) / "seed0")
     q_net, env_spec = act.__self__, gym.make("Pixels-v0", shape=list(shape)).spec.to_json()
@@ -245,4 +296,6 @@ def test_frames_get_the_nature_network_and_clipped_rewards(monkeypatch, tmp_path
     assert_close(q_net(batch).transpose(0, 1).flatten(1), q_net.net[1:](frames), 1e-6)
     assert q_net(batch).max() < 4, "Q of rewards of 1, not of 10, is at most 2"
     if shape[0] == 4:
-        assert sum(p.numel() for p in q_net.net[:8].parameters()) == 77_984, "the Nature network's convolutions"
+        assert sum(p.numel() for p in q_net.net[:8].parameters()) == 77_984, (
+            "the Nature network's convolutions"
+        )

@@ -44,20 +44,38 @@ def test_progress_of_a_folder_without_runs(tmp_path, capsys):
 
 
 def test_which_runs_are_of_the_present_build(tmp_path, monkeypatch):
-    """By the data's numbers, to two digits; a row of the card that is marked earlier has no present runs."""
+    """By the data's numbers, to two digits; a row of the card that is marked earlier has no present
+    runs."""
     numbers = {"transitions": 10, "episodes": 2, "return_mean": 3.14159}
-    card = [{"name": "a", **numbers, "return_mean": 3.14}, {"name": "b", **numbers, "earlier": True}]
+    card = [
+        {"name": "a", **numbers, "return_mean": 3.14},
+        {"name": "b", **numbers, "earlier": True},
+    ]
     monkeypatch.setattr(report, "CARD", tmp_path / "card.json")
     report.CARD.write_text(json.dumps(card))
     assert report.is_current({"env": "a", "dataset": numbers})
-    assert not report.is_current({"env": "b", "dataset": numbers}) and not report.is_current({"env": "c", "dataset": numbers})
+    assert not report.is_current({"env": "b", "dataset": numbers}) and not report.is_current(
+        {"env": "c", "dataset": numbers}
+    )
     for name, other in (("transitions", 11), ("episodes", 3), ("return_mean", 3.16)):
         assert not report.is_current({"env": "a", "dataset": numbers | {name: other}})
 
 
 def test_the_settings_that_a_run_changed():
     """Beside its length, seed and the like; what TUNED has for a dataset is no change."""
-    defaults = {"env": "hopper-medium", "seed": 3, "steps": 7, "num_critics": 50, "diversity_weight": 1.0, "gamma": 0.99}
-    assert report.other_settings({"algorithm": "edac", "env": "hopper-medium", "args": defaults}) == ""
+    defaults = {
+        "env": "hopper-medium",
+        "seed": 3,
+        "steps": 7,
+        "num_critics": 50,
+        "diversity_weight": 1.0,
+        "gamma": 0.99,
+    }
+    assert (
+        report.other_settings({"algorithm": "edac", "env": "hopper-medium", "args": defaults}) == ""
+    )
     changed = defaults | {"num_critics": 10, "gamma": 0.9}
-    assert report.other_settings({"algorithm": "edac-sac-n", "env": "hopper-medium", "args": changed}) == "num_critics 10, gamma 0.9"
+    assert (
+        report.other_settings({"algorithm": "edac-sac-n", "env": "hopper-medium", "args": changed})
+        == "num_critics 10, gamma 0.9"
+    )

@@ -1,8 +1,7 @@
 """Whole runs: they resume bit for bit, save policies that act, and refuse bad settings.
 
-Most run in this process. Processes are started where a process is the point: one that is killed, one that gets Ctrl-C, one in
-a folder of its own.
-"""
+Most run in this process. Processes are started where a process is the point: one that is killed,
+one that gets Ctrl-C, one in a folder of its own. """
 import importlib
 import json
 import shutil
@@ -21,10 +20,14 @@ import torch
 from conftest import ROOT
 from helpers import QUICK, SMALL, build, command, run, run_of, tiny_data
 
-ALGORITHMS = [path.stem for path in sorted((ROOT / "algorithms").glob("*.py")) if path.stem != "fqe"]  # it has no policy
+# it has no policy
+ALGORITHMS = [
+    path.stem for path in sorted((ROOT / "algorithms").glob("*.py")) if path.stem != "fqe"
+]
 DISCRETE = ("cql_discrete", "dqn", "rem")
 NARROW = {  # constants of a file that would be too slow
-    "decision_transformer": dict(CONTEXT=5, WIDTH=16, LAYERS=1), "morel": dict(DYNAMICS_HIDDEN=(32, 32)),
+    "decision_transformer": dict(CONTEXT=5, WIDTH=16, LAYERS=1),
+    "morel": dict(DYNAMICS_HIDDEN=(32, 32)),
     **dict.fromkeys(("mopo", "combo"), dict(DYNAMICS_HIDDEN=(20, 20, 20, 20))),
 }
 ENV = "pendulum-random"
@@ -59,7 +62,9 @@ def interrupt(monkeypatch, call, after: int) -> None:
 
 
 def same(first: dict, second: dict) -> bool:
-    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+    return first.keys() == second.keys() and all(
+        torch.equal(first[key], second[key]) for key in first
+    )
 
 
 def weights(folder) -> dict:
@@ -67,20 +72,35 @@ def weights(folder) -> dict:
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_a_run_resumes_bit_for_bit_and_its_policy_acts_on_raw_observations(name, small_data, tmp_path, monkeypatch):
-    """Uninterrupted, and interrupted between two checkpoints and resumed: the same numbers everywhere. Then policy.pt alone
-    rebuilds the policy that was evaluated: same final returns, in the environment's own units. And policy.pt2 acts."""
+def test_a_run_resumes_bit_for_bit_and_its_policy_acts_on_raw_observations(
+    name, small_data, tmp_path, monkeypatch
+):
+    """Uninterrupted, and interrupted between two checkpoints and resumed: the same numbers
+    everywhere. Then policy.pt alone rebuilds the policy that was evaluated: same final returns, in
+    the environment's own units. And policy.pt2 acts."""
     module, env = importlib.import_module(name), "cartpole-random" if name in DISCRETE else ENV
     for constant, value in NARROW.get(name, {}).items():
         monkeypatch.setattr(module, constant, value)
-    if "Short-v0" not in gym.registry:  # the pendulum's episodes of 200 steps would take most of this test's time
+    # the pendulum's episodes of 200 steps would take most of this test's time
+    if "Short-v0" not in gym.registry:
         gym.register("Short-v0", gym.spec("Pendulum-v1").entry_point, max_episode_steps=20)
-    args = module.Args(env=env, steps=50, eval_every=20, eval_episodes=1, final_episodes=2, device="cpu",
-                       eval_env="auto" if name in DISCRETE else "Short-v0", out=str(tmp_path / "a"), **SMALL.get(name, {}))
+    args = module.Args(
+        env=env,
+        steps=50,
+        eval_every=20,
+        eval_episodes=1,
+        final_episodes=2,
+        device="cpu",
+        eval_env="auto" if name in DISCRETE else "Short-v0",
+        out=str(tmp_path / "a"),
+        **SMALL.get(name, {}),
+    )
     module.train(args)
     with monkeypatch.context() as patch:
         patch.setattr(common, "export_policy", lambda *_: None)  # once is enough
-        interrupt(monkeypatch, lambda: module.train(replace(args, out=str(tmp_path / "b"))), after=30)
+        interrupt(
+            monkeypatch, lambda: module.train(replace(args, out=str(tmp_path / "b"))), after=30
+        )
         module.train(replace(args, out=str(tmp_path / "b"), resume=True))
 
     first, second = run_of(name, tmp_path / "a"), run_of(name, tmp_path / "b")
@@ -100,8 +120,10 @@ def test_a_run_resumes_bit_for_bit_and_its_policy_acts_on_raw_observations(name,
         own = torch.export.load(first / "policy.pt2").module()(raw)
         assert own.shape == act(raw).shape
         assert set(own.tolist()) <= {0, 1} if name in DISCRETE else own.abs().max() <= 2
-    for key in ("algorithm env seed steps args dataset env_id versions hardware curve final_returns score seconds "
-                "updates_per_second").split():
+    for key in (
+        "algorithm env seed steps args dataset env_id versions hardware curve final_returns score "
+        "seconds updates_per_second"
+    ).split():
         assert key in result
     for key in ("name", "fingerprint", "transitions", "episodes", "return_mean"):
         assert result["dataset"][key]
@@ -109,14 +131,27 @@ def test_a_run_resumes_bit_for_bit_and_its_policy_acts_on_raw_observations(name,
 
 
 def test_a_killed_run_resumes_to_the_same_policy_bit_for_bit(small_data, tmp_path):
-    """kill -9 of a process after the first checkpoint; then --resume. An uninterrupted run ends with the same numbers."""
+    """kill -9 of a process after the first checkpoint; then --resume. An uninterrupted run ends
+    with the same numbers."""
     import td3_bc
-    args = td3_bc.Args(env=ENV, steps=240, eval_every=80, eval_episodes=2, final_episodes=2, device="cpu",
-                       out=str(tmp_path / "whole"))
+
+    args = td3_bc.Args(
+        env=ENV,
+        steps=240,
+        eval_every=80,
+        eval_episodes=2,
+        final_episodes=2,
+        device="cpu",
+        out=str(tmp_path / "whole"),
+    )
     td3_bc.train(args)
     (tmp_path / "killed").mkdir()
-    killed = subprocess.Popen(command("td3_bc", tmp_path / "killed", "--steps", "240", "--eval-every", "80", quick=FEW),
-                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=tmp_path)
+    killed = subprocess.Popen(
+        command("td3_bc", tmp_path / "killed", "--steps", "240", "--eval-every", "80", quick=FEW),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        cwd=tmp_path,
+    )
     while not list((tmp_path / "killed").glob("*/*/*/checkpoint.pt")):
         assert killed.poll() is None
         time.sleep(0.01)
@@ -124,14 +159,27 @@ def test_a_killed_run_resumes_to_the_same_policy_bit_for_bit(small_data, tmp_pat
     killed.wait()
     assert not (run_of("td3_bc", tmp_path / "killed") / "result.json").exists()
     td3_bc.train(replace(args, out=str(tmp_path / "killed"), resume=True))
-    results = [json.loads((run_of("td3_bc", tmp_path / name) / "result.json").read_text()) for name in ("whole", "killed")]
-    assert results[0]["score"] == results[1]["score"] is not None and results[0]["curve"] == results[1]["curve"]
-    assert same(weights(run_of("td3_bc", tmp_path / "whole")), weights(run_of("td3_bc", tmp_path / "killed")))
+    results = [
+        json.loads((run_of("td3_bc", tmp_path / name) / "result.json").read_text())
+        for name in ("whole", "killed")
+    ]
+    assert (
+        results[0]["score"] == results[1]["score"] is not None
+        and results[0]["curve"] == results[1]["curve"]
+    )
+    assert same(
+        weights(run_of("td3_bc", tmp_path / "whole")),
+        weights(run_of("td3_bc", tmp_path / "killed")),
+    )
 
 
 def test_ctrl_c_leaves_a_checkpoint(small_data, tmp_path):
-    process = subprocess.Popen(command("bc", tmp_path, "--steps", "1000000", "--eval-every", "500000", quick=FEW),
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command("bc", tmp_path, "--steps", "1000000", "--eval-every", "500000", quick=FEW),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     while not list(tmp_path.glob("bc/*/seed0/events*")):
         assert process.poll() is None
         time.sleep(0.05)
@@ -145,8 +193,9 @@ def test_ctrl_c_leaves_a_checkpoint(small_data, tmp_path):
 
 
 def test_a_second_signal_ends_the_run_at_once(tmp_path, capsys):
-    """Where an update takes long, the first one waits for its end; a second Ctrl-C does not. SIGTERM may come to every process
-    of a job and once more from the parent, so a second one changes nothing."""
+    """Where an update takes long, the first one waits for its end; a second Ctrl-C does not.
+    SIGTERM may come to every process of a job and once more from the parent, so a second one
+    changes nothing."""
     record = begin(tmp_path, steps=100)
     record.step(1, {})
     for _ in range(2):
@@ -168,7 +217,8 @@ def begin(tmp_path, **settings) -> common.Run:
 
 
 def test_a_checkpoint_without_an_evaluation(tmp_path):
-    """run.save, as after a fit that comes before the first update: it resumes from there, and nothing is due."""
+    """run.save, as after a fit that comes before the first update: it resumes from there, and
+    nothing is due."""
     record = begin(tmp_path, steps=100)
     record.learned["layer"].weight.data.fill_(7.0)
     record.save(0)
@@ -176,17 +226,29 @@ def test_a_checkpoint_without_an_evaluation(tmp_path):
     args = replace(record.args, resume=True)
     again = common.Run(args, record.data)
     layer = torch.nn.Linear(1, 1)
-    assert again.begin({"layer": layer}, layer) == 0 and layer.weight.item() == 7 and again.curve == []
+    assert (
+        again.begin({"layer": layer}, layer) == 0 and layer.weight.item() == 7 and again.curve == []
+    )
     again.close()
 
 
 def test_evaluations_do_not_change_what_is_learned(small_data, tmp_path):
-    """Neither its random numbers nor its weights: with one evaluation and with five the policy is the same."""
+    """Neither its random numbers nor its weights: with one evaluation and with five the policy is
+    the same."""
     bc = importlib.import_module("bc")
     folders = []
     for eval_every in (2, 10):
-        bc.train(bc.Args(env=ENV, steps=10, eval_every=eval_every, eval_episodes=1, final_episodes=1, device="cpu",
-                         out=str(tmp_path / str(eval_every))))
+        bc.train(
+            bc.Args(
+                env=ENV,
+                steps=10,
+                eval_every=eval_every,
+                eval_episodes=1,
+                final_episodes=1,
+                device="cpu",
+                out=str(tmp_path / str(eval_every)),
+            )
+        )
         folders.append(run_of("bc", tmp_path / str(eval_every)))
     assert same(*map(weights, folders))
 
@@ -220,7 +282,17 @@ def test_every_bad_setting_gets_one_line(small_data, tmp_path, capsys):
     assert "continuous actions" in error("dqn")
     assert "discrete actions" in error("td3_bc", env="cartpole-random")
     bc = importlib.import_module("bc")
-    bc.train(bc.Args(env=ENV, out=str(tmp_path), device="cpu", steps=20, eval_every=20, eval_episodes=1, final_episodes=1))
+    bc.train(
+        bc.Args(
+            env=ENV,
+            out=str(tmp_path),
+            device="cpu",
+            steps=20,
+            eval_every=20,
+            eval_episodes=1,
+            final_episodes=1,
+        )
+    )
     assert "actor_lr was 0.0003" in error("bc", steps=20, eval_every=20, actor_lr=1e-3, resume=True)
     assert "more than --steps 10" in error("bc", steps=10, resume=True)
     (tmp_path / "file").write_text("")
@@ -229,18 +301,29 @@ def test_every_bad_setting_gets_one_line(small_data, tmp_path, capsys):
         assert "cuda" in error("bc", device="cuda")
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(small_data, tmp_path, capsys):
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(
+    small_data, tmp_path, capsys
+):
     """A learning rate of 1e30 blows up after the first step: named, with the step."""
     bc = importlib.import_module("bc")
     with pytest.raises(SystemExit) as stop:
-        bc.train(bc.Args(env=ENV, out=str(tmp_path), device="cpu", steps=300, eval_every=300, actor_lr=1e30))
+        bc.train(
+            bc.Args(
+                env=ENV, out=str(tmp_path), device="cpu", steps=300, eval_every=300, actor_lr=1e30
+            )
+        )
     last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert stop.value.code == 2 and "cloning_error is" in last and "by step 100; nothing was saved yet" in last
+    assert (
+        stop.value.code == 2
+        and "cloning_error is" in last
+        and "by step 100; nothing was saved yet" in last
+    )
     assert not (run_of("bc", tmp_path) / "checkpoint.pt").exists()
 
 
 def test_the_progress_bar_leaves_out_what_comes_before_the_first_update(tmp_path):
-    """A model may be fitted for a quarter of an hour first; counted in, it would make hours out of minutes to go."""
+    """A model may be fitted for a quarter of an hour first; counted in, it would make hours out of
+    minutes to go."""
     record = begin(tmp_path, steps=100)
     time.sleep(1.0)
     for step in range(1, 4):
@@ -303,11 +386,15 @@ def test_ctrl_c_while_the_data_are_read(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(common, "read_arrays", read)
     with pytest.raises(SystemExit):
         common.load_dataset("x.npz")
-    assert capsys.readouterr().err.strip() == "error: stopped while x.npz was read; nothing was written"
+    assert (
+        capsys.readouterr().err.strip()
+        == "error: stopped while x.npz was read; nothing was written"
+    )
 
 
 def test_a_copied_file_runs_with_nothing_but_common_beside_it(small_data, tmp_path):
-    """In an empty folder, on a dataset that is built already; one that is not built is refused in one line."""
+    """In an empty folder, on a dataset that is built already; one that is not built is refused in
+    one line."""
     for source in (ROOT / "common.py", ROOT / "algorithms" / "td3_bc.py"):
         shutil.copy(source, tmp_path)
     copy = [sys.executable, "td3_bc.py", *FEW, "--steps", "20", "--eval-every", "20"]
@@ -317,7 +404,11 @@ def test_a_copied_file_runs_with_nothing_but_common_beside_it(small_data, tmp_pa
     copy[copy.index(ENV)] = "pendulum-expert"
     done = subprocess.run(copy, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2 and "not built" in done.stderr and "Traceback" not in done.stderr
-    assert {path.name for path in tmp_path.iterdir()} - {"__pycache__"} == {"common.py", "runs", "td3_bc.py"}
+    assert {path.name for path in tmp_path.iterdir()} - {"__pycache__"} == {
+        "common.py",
+        "runs",
+        "td3_bc.py",
+    }
 
 
 def test_every_file_explains_its_settings(tmp_path):

@@ -38,15 +38,22 @@ def density(a, mean, std):
 
 
 def fix_noise(monkeypatch, noise):
-    monkeypatch.setattr(torch, "randn_like", lambda like: torch.as_tensor(noise).reshape(like.shape))
+    monkeypatch.setattr(
+        torch, "randn_like", lambda like: torch.as_tensor(noise).reshape(like.shape)
+    )
 
 
 # ---- (E1) the density
 
 
 def test_sample_action_equals_a_loop(monkeypatch):
-    """(E1): tanh of a Gaussian, and the change of variables written with 1 − tanh², not with softplus."""
-    actor, obs, draws = make(Actor, 3, 2), torch.randn(4, 3), record_draws(monkeypatch, "randn_like")
+    """(E1): tanh of a Gaussian, and the change of variables written with 1 − tanh², not with
+    softplus."""
+    actor, obs, draws = (
+        make(Actor, 3, 2),
+        torch.randn(4, 3),
+        record_draws(monkeypatch, "randn_like"),
+    )
     action, log_prob = sample_action(*actor(obs))
     expected = [slow_sample(actor, obs[b], draws[0][b], -20.0) for b in range(4)]
     assert_close(action, [a for a, _ in expected])
@@ -76,7 +83,9 @@ def test_density_integrates_to_one(monkeypatch):
     """Over all actions in (−1, 1), for μ = 0.7 and σ = 0.5."""
     a = np.linspace(-1, 1, 20_001)[1:-1]
     fix_noise(monkeypatch, ((np.arctanh(a) - 0.7) / 0.5)[:, None])
-    _, log_prob = sample_action(torch.full((len(a), 1), 0.7), torch.full((len(a), 1), math.log(0.5)))
+    _, log_prob = sample_action(
+        torch.full((len(a), 1), 0.7), torch.full((len(a), 1), math.log(0.5))
+    )
     assert_close(np.trapezoid(log_prob.exp().numpy(), a), 1.0, 1e-3)
 
 
@@ -99,13 +108,17 @@ def test_act_is_the_mean_in_the_environments_units():
 
 
 def test_soft_td_target_equals_a_loop(monkeypatch):
-    """(E2): one action per next observation, the smaller critic, minus α log π; nothing after a termination."""
+    """(E2): one action per next observation, the smaller critic, minus α log π; nothing after a
+    termination."""
     actor, critic, batch, expected = make(Actor, 3, 2), make(Critic, 3, 2), tiny_batch(), []
     draws = record_draws(monkeypatch, "randn_like")
     y = sac.soft_td_target(actor, critic, torch.tensor(0.3), batch, 0.9)
     for b in range(4):
         action, log_prob = slow_sample(actor, batch.next_obs[b], draws[0][b], -20.0)
-        value = min(slow_critic(critic, k, batch.next_obs[b], action) for k in range(2)) - 0.3 * log_prob
+        value = (
+            min(slow_critic(critic, k, batch.next_obs[b], action) for k in range(2))
+            - 0.3 * log_prob
+        )
         expected.append(float(batch.reward[b] + 0.9 * (0.0 if b == 1 else value)))
     assert_close(y, expected)
     assert not y.requires_grad
@@ -114,7 +127,10 @@ def test_soft_td_target_equals_a_loop(monkeypatch):
 def test_critic_loss_equals_a_loop():
     """(E3): the mean over transitions of the squared error, summed over two different critics."""
     critic, batch, y = make(Critic, 3, 2), tiny_batch(), torch.randn(4)
-    q = [[slow_critic(critic, k, batch.obs[b], batch.action[b].tolist()) for b in range(4)] for k in range(2)]
+    q = [
+        [slow_critic(critic, k, batch.obs[b], batch.action[b].tolist()) for b in range(4)]
+        for k in range(2)
+    ]
     loss, q_data = sac.critic_loss(critic, batch, y)
     assert_close(loss, sum((q[k][b] - float(y[b])) ** 2 / 4 for k in range(2) for b in range(4)))
     assert_close(q_data, sum(q[0] + q[1]) / 8)
@@ -128,7 +144,8 @@ def test_critic_loss_refuses_a_column_of_targets():
 
 
 def test_actor_loss_equals_a_loop(monkeypatch):
-    """(E4), and its gradient against a finite difference of the loop: through the action and through log π."""
+    """(E4), and its gradient against a finite difference of the loop: through the action and
+    through log π."""
     actor, critic, obs = make(Actor, 3, 2), make(Critic, 3, 2), torch.randn(4, 3)
     draws = record_draws(monkeypatch, "randn_like")
     loss, *metrics = sac.actor_loss(actor, critic, torch.tensor(0.3), obs)
@@ -154,15 +171,23 @@ def test_entropy_coef_loss_equals_a_loop():
 
 
 def test_termination_stops_the_bootstrap():
-    """Where the task is over, y is the reward whatever s′, γ and α; the entropy after the end doesn't count either."""
-    actor, critic, batch = make(Actor, 3, 2), make(Critic, 3, 2), tiny_batch(terminated=(1, 1, 1, 1))
+    """Where the task is over, y is the reward whatever s′, γ and α; the entropy after the end
+    doesn't count either."""
+    actor, critic, batch = (
+        make(Actor, 3, 2),
+        make(Critic, 3, 2),
+        tiny_batch(terminated=(1, 1, 1, 1)),
+    )
     for gamma, alpha in ((0.5, 0.0), (0.99, 3.0)):
-        y = sac.soft_td_target(actor, critic, torch.tensor(alpha), batch._replace(next_obs=torch.randn(4, 3)), gamma)
+        y = sac.soft_td_target(
+            actor, critic, torch.tensor(alpha), batch._replace(next_obs=torch.randn(4, 3)), gamma
+        )
         assert torch.equal(y, batch.reward)
 
 
 def test_minimum_over_critics_is_per_transition_and_truncation_bootstraps():
-    """Each transition takes the smaller of its two values; none is cut off, at a time limit neither."""
+    """Each transition takes the smaller of its two values; none is cut off, at a time limit
+    neither."""
     q = torch.tensor([[1.0, 5.0, -2.0, 4.0], [3.0, 2.0, -1.0, 0.0]])
     batch = tiny_batch(terminated=(0, 0, 0, 0))
     y = sac.soft_td_target(make(Actor, 3, 2), lambda obs, action: q, torch.tensor(0.0), batch, 0.5)
@@ -170,14 +195,21 @@ def test_minimum_over_critics_is_per_transition_and_truncation_bootstraps():
 
 
 def test_soft_value_of_a_constant_reward(monkeypatch):
-    """Frozen policy and α, r = 1 for ever: the target's fixed point is r / (1 − γ) + γ α H / (1 − γ)."""
+    """Frozen policy and α, r = 1 for ever: the target's fixed point is r / (1 − γ) + γ α H / (1 −
+    γ)."""
     n, gamma, alpha, mean, std = 2000, 0.9, 0.3, 0.7, 0.5
-    fix_noise(monkeypatch, torch.special.ndtri((torch.arange(n) + 0.5) / n))  # a Gaussian's quantiles: nothing random
+    # a Gaussian's quantiles: nothing random
+    fix_noise(monkeypatch, torch.special.ndtri((torch.arange(n) + 0.5) / n))
     batch = tiny_batch([0.0] * n)._replace(reward=torch.ones(n))
     q = 0.0
     for _ in range(300):
-        y = sac.soft_td_target(lambda obs: (torch.full((n, 1), mean), torch.full((n, 1), math.log(std))),
-                               lambda obs, action: torch.full((2, n), q), torch.tensor(alpha), batch, gamma)
+        y = sac.soft_td_target(
+            lambda obs: (torch.full((n, 1), mean), torch.full((n, 1), math.log(std))),
+            lambda obs, action: torch.full((2, n), q),
+            torch.tensor(alpha),
+            batch,
+            gamma,
+        )
         q = y.mean().item()
     a = np.linspace(-1, 1, 20_001)[1:-1]
     p = density(a, mean, std)
@@ -191,7 +223,11 @@ def test_soft_value_of_a_constant_reward(monkeypatch):
 @pytest.mark.parametrize("log_std, direction", [(0.0, -1), (-5.0, 1)])
 def test_temperature_steers_the_entropy(log_std, direction):
     """A broad policy's entropy is above −dim(A): α falls. A narrow one's is below: α rises."""
-    args, data, (actor, critic, critic_target, log_alpha) = Args(batch_size=12), tiny_data(), networks()
+    args, data, (actor, critic, critic_target, log_alpha) = (
+        Args(batch_size=12),
+        tiny_data(),
+        networks(),
+    )
     for parameter in actor.parameters():
         parameter.data.zero_()
     actor.net[-1].bias.data[2:] = log_std
@@ -215,11 +251,19 @@ def test_temperature_rests_at_the_target():
 
 def networks():
     """The target differs from the critic, so that a test sees which one is used."""
-    return [make(Actor, 3, 2), make(Critic, 3, 2), make(Critic, 3, 2), torch.tensor(-0.5, requires_grad=True)]
+    return [
+        make(Actor, 3, 2),
+        make(Critic, 3, 2),
+        make(Critic, 3, 2),
+        torch.tensor(-0.5, requires_grad=True),
+    ]
 
 
 def sgd(actor, critic, log_alpha, lr=0.01):
-    return [torch.optim.SGD(params, lr=lr) for params in (actor.parameters(), critic.parameters(), [log_alpha])]
+    return [
+        torch.optim.SGD(params, lr=lr)
+        for params in (actor.parameters(), critic.parameters(), [log_alpha])
+    ]
 
 
 def test_update_is_the_algorithm_box():
@@ -233,7 +277,9 @@ def test_update_is_the_algorithm_box():
 
         torch.manual_seed(seed)
         batch, alpha = data.sample(4), log_alpha.detach().exp()
-        q_loss, q_data = sac.critic_loss(critic, batch, sac.soft_td_target(actor, critic_target, alpha, batch, 0.9))
+        q_loss, q_data = sac.critic_loss(
+            critic, batch, sac.soft_td_target(actor, critic_target, alpha, batch, 0.9)
+        )
         q_grad = step_by_hand(q_loss, list(critic.parameters()), 0.01)
         pi_loss, log_prob, q_policy = sac.actor_loss(actor, critic, alpha, batch.obs)
         step_by_hand(pi_loss, list(actor.parameters()), 0.01)
@@ -243,19 +289,28 @@ def test_update_is_the_algorithm_box():
         for got, want in zip(nets, (actor, critic, critic_target)):
             assert_close(flat(got), flat(want), 1e-12)
         assert_close(nets[3], log_alpha, 1e-12)
-        assert_close(flat_grad(nets[1]), q_grad, 1e-12)  # the actor's step adds nothing to the critic's gradient
-        expected = dict(critic_loss=q_loss, q_data=q_data, q_policy=q_policy, entropy=-log_prob.mean(),
-                        entropy_coef=alpha)
+        # the actor's step adds nothing to the critic's gradient
+        assert_close(flat_grad(nets[1]), q_grad, 1e-12)
+        expected = dict(
+            critic_loss=q_loss,
+            q_data=q_data,
+            q_policy=q_policy,
+            entropy=-log_prob.mean(),
+            entropy_coef=alpha,
+        )
         for name, value in expected.items():
             assert_close(metrics[name], value, 1e-12)
 
 
 def test_each_loss_moves_its_own_part_only():
-    """Critic's loss: no gradient for actor, α or target. Actor's step and α's: none for the critics or each other."""
+    """Critic's loss: no gradient for actor, α or target. Actor's step and α's: none for the critics
+    or each other."""
     batch, (actor, critic, critic_target, log_alpha) = tiny_batch(), networks()
     y = sac.soft_td_target(actor, critic_target, log_alpha.exp(), batch, 0.9)
     sac.critic_loss(critic, batch, y)[0].backward()
-    assert log_alpha.grad is None and all(p.grad is None for net in (actor, critic_target) for p in net.parameters())
+    assert log_alpha.grad is None and all(
+        p.grad is None for net in (actor, critic_target) for p in net.parameters()
+    )
     assert all(p.grad is not None for p in critic.parameters())
     loss, log_prob, _ = sac.actor_loss(actor, critic, log_alpha.detach().exp(), batch.obs)
     actor_optimizer, _, entropy_optimizer = sgd(actor, critic, log_alpha)

@@ -1,8 +1,9 @@
-"""Whole runs that learn in seconds, for the algorithms that need minutes on the suite (test_learning.py: make test-long).
+"""Whole runs that learn in seconds, for the algorithms that need minutes on the suite
+(test_learning.py: make test-long).
 
-A point lies in a square and is moved by the action; a step costs its distance from a goal. Half of the data's episodes move at
-random, half drift away from the goal. Networks are narrow and the horizon is short; the losses are those of the files.
-"""
+A point lies in a square and is moved by the action; a step costs its distance from a goal. Half of
+the data's episodes move at random, half drift away from the goal. Networks are narrow and the
+horizon is short; the losses are those of the files. """
 import importlib
 import json
 
@@ -40,14 +41,29 @@ class Steering(gym.Env):
 
 
 gym.register("Steering-v0", "test_steering:Steering", max_episode_steps=STEPS)
-gym.register("DiscreteSteering-v0", "test_steering:Steering", max_episode_steps=STEPS, kwargs={"discrete": True})
+gym.register(
+    "DiscreteSteering-v0",
+    "test_steering:Steering",
+    max_episode_steps=STEPS,
+    kwargs={"discrete": True},
+)
 
 
 def log(path, discrete: bool) -> None:
     """200 episodes as a file of plain arrays."""
     rng = np.random.default_rng(0)
     env = gym.make("DiscreteSteering-v0" if discrete else "Steering-v0")
-    rows = {key: [] for key in ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations")}
+    rows = {
+        key: []
+        for key in (
+            "observations",
+            "actions",
+            "rewards",
+            "terminals",
+            "timeouts",
+            "next_observations",
+        )
+    }
     for episode in range(200):
         obs, _ = env.reset(seed=episode)
         truncated = False
@@ -86,38 +102,77 @@ def learn(name: str, logs, out, discrete: bool, constants=(), **settings) -> tup
         for constant, value in dict(constants).items():
             patch.setattr(module, constant, value)
         patch.setattr(common, "export_policy", lambda *_: None)
-        module.train(module.Args(env=path, eval_env=env, device="cpu", eval_every=10**6, eval_episodes=1, final_episodes=20,
-                                 out=str(out), **settings))
+        module.train(
+            module.Args(
+                env=path,
+                eval_env=env,
+                device="cpu",
+                eval_every=10**6,
+                eval_episodes=1,
+                final_episodes=20,
+                out=str(out),
+                **settings,
+            )
+        )
     result = json.loads((run_of(name, out) / "result.json").read_text())
     return float(np.mean(result["final_returns"])), result["dataset"]["return_mean"]
 
 
-SHORT = {"gamma": 0.8, "batch_size": 64, "critic_lr": 3e-3, "actor_lr": 3e-3, "target_rate": 0.05, "steps": 600}
+SHORT = {
+    "gamma": 0.8,
+    "batch_size": 64,
+    "critic_lr": 3e-3,
+    "actor_lr": 3e-3,
+    "target_rate": 0.05,
+    "steps": 600,
+}
 VAE = SHORT | {"vae_lr": 3e-3}
 MODEL = SHORT | {"dynamics_epochs": 3, "rollout_starts": 500, "rollout_every": 200}
 DQN = {"gamma": 0.8, "batch_size": 64, "learning_rate": 1e-3, "target_every": 50, "steps": 600}
 
 
-@pytest.mark.parametrize("name, settings", [
-    ("bcq", VAE),
-    ("bear", VAE | {"warm_up_steps": 100}),
-    ("brac", SHORT | {"behavior_steps": 300, "behavior_lr": 3e-3, "warm_start_steps": 100,
-                      "divergence_weight": 0.1}),
-    ("plas", VAE | {"vae_steps": 500}),
-    ("uwac", VAE | {"warm_up_steps": 100, "max_mmd": 0.3, "multiplier_lr": 1e-2, "passes": 4}),
-    ("cql", SHORT | {"cql_weight": 0.5, "num_samples": 3}),
-    ("edac", SHORT | {"num_critics": 4}),
-    ("algae_dice", SHORT | {"policy_delay": 1, "steps": 1500}),
-    ("mopo", MODEL | {"dynamics_epochs": 5, "steps": 900}),
-    ("morel", MODEL),
-    ("combo", MODEL),
-    ("mabcq", VAE | {"agents": 2}),
-    ("decision_transformer", {"steps": 600, "batch_size": 64, "actor_lr": 3e-3, "warmup_steps": 50, "dropout": 0.0,
-                              "return_scale": 5.0, "constants": {"CONTEXT": 3, "WIDTH": 32, "LAYERS": 1}}),
-    ("dqn", DQN),
-    ("rem", DQN),
-])
+@pytest.mark.parametrize(
+    "name, settings",
+    [
+        ("bcq", VAE),
+        ("bear", VAE | {"warm_up_steps": 100}),
+        (
+            "brac",
+            SHORT
+            | {
+                "behavior_steps": 300,
+                "behavior_lr": 3e-3,
+                "warm_start_steps": 100,
+                "divergence_weight": 0.1,
+            },
+        ),
+        ("plas", VAE | {"vae_steps": 500}),
+        ("uwac", VAE | {"warm_up_steps": 100, "max_mmd": 0.3, "multiplier_lr": 1e-2, "passes": 4}),
+        ("cql", SHORT | {"cql_weight": 0.5, "num_samples": 3}),
+        ("edac", SHORT | {"num_critics": 4}),
+        ("algae_dice", SHORT | {"policy_delay": 1, "steps": 1500}),
+        ("mopo", MODEL | {"dynamics_epochs": 5, "steps": 900}),
+        ("morel", MODEL),
+        ("combo", MODEL),
+        ("mabcq", VAE | {"agents": 2}),
+        (
+            "decision_transformer",
+            {
+                "steps": 600,
+                "batch_size": 64,
+                "actor_lr": 3e-3,
+                "warmup_steps": 50,
+                "dropout": 0.0,
+                "return_scale": 5.0,
+                "constants": {"CONTEXT": 3, "WIDTH": 32, "LAYERS": 1},
+            },
+        ),
+        ("dqn", DQN),
+        ("rem", DQN),
+    ],
+)
 def test_it_steers_better_than_the_data(name, settings, logs, tmp_path):
-    """A clone of these data is 1 better than their mean return; standing on the goal at once would be about 11 better."""
+    """A clone of these data is 1 better than their mean return; standing on the goal at once would
+    be about 11 better."""
     result, data = learn(name, logs, tmp_path, name in ("dqn", "rem"), **settings)
     assert result > data + 3, (result, data)

@@ -35,7 +35,8 @@ def slow_action(actor, obs):
 
 
 def test_td_target_equals_a_loop(monkeypatch):
-    """(E1), (E2): noise clipped, action clipped, minimum of the critics, one transition after the other."""
+    """(E1), (E2): noise clipped, action clipped, minimum of the critics, one transition after the
+    other."""
     args = Args(gamma=0.9, policy_noise=0.6, noise_clip=0.5)
     actor, critic, batch = make(Actor, 3, 2), make(Critic, 3, 2), tiny_batch()
     draws, expected, clips = record_draws(monkeypatch, "randn_like"), [], set()
@@ -57,7 +58,10 @@ def test_td_target_equals_a_loop(monkeypatch):
 def test_critic_loss_equals_a_loop():
     """(E3): the mean over transitions of the squared error, summed over two different critics."""
     critic, batch, y = make(Critic, 3, 2), tiny_batch(), torch.randn(4)
-    q = [[slow_critic(critic, k, batch.obs[b], batch.action[b].tolist()) for b in range(4)] for k in range(2)]
+    q = [
+        [slow_critic(critic, k, batch.obs[b], batch.action[b].tolist()) for b in range(4)]
+        for k in range(2)
+    ]
     loss, q_data = td3_bc.critic_loss(critic, batch, y)
     assert_close(loss, sum((q[k][b] - float(y[b])) ** 2 / 4 for k in range(2) for b in range(4)))
     assert_close(q_data, sum(q[0] + q[1]) / 8)
@@ -71,13 +75,17 @@ def test_critic_loss_refuses_a_column_of_targets():
 
 
 def test_actor_loss_equals_a_loop():
-    """(E4), (E5): λ from |Q| of the first critic at the policy's actions; cloning averaged over action dimensions."""
+    """(E4), (E5): λ from |Q| of the first critic at the policy's actions; cloning averaged over
+    action dimensions."""
     actor, critic, batch = make(Actor, 3, 2), make(Critic, 3, 2), tiny_batch()
     actions = [slow_action(actor, batch.obs[b]) for b in range(4)]
     critic.layers[-1].bias.data -= slow_critic(critic, 0, batch.obs[0], actions[0]) - 0.01
     q = [slow_critic(critic, 0, batch.obs[b], actions[b]) for b in range(4)]
     assert min(q) < 0 < max(q), "with one sign, mean |Q| and |mean Q| would be the same"
-    cloning = sum((actions[b][i] - float(batch.action[b, i])) ** 2 for b in range(4) for i in range(2)) / 8
+    cloning = (
+        sum((actions[b][i] - float(batch.action[b, i])) ** 2 for b in range(4) for i in range(2))
+        / 8
+    )
     loss, *metrics = td3_bc.actor_loss(actor, critic, batch, 2.5)
     assert_close(loss, -2.5 / (sum(map(abs, q)) / 4) * sum(q) / 4 + cloning)
     assert_close(torch.stack(metrics), [cloning, sum(q) / 4])
@@ -87,11 +95,18 @@ def test_actor_loss_equals_a_loop():
 
 
 def test_termination_stops_the_bootstrap_and_truncation_does_not():
-    """Where the task is over, y is the reward whatever follows; elsewhere (also at a time limit) γ and Q count."""
-    actor, critic, batch = make(Actor, 3, 2), make(Critic, 3, 2), tiny_batch(terminated=(1, 1, 1, 1))
+    """Where the task is over, y is the reward whatever follows; elsewhere (also at a time limit) γ
+    and Q count."""
+    actor, critic, batch = (
+        make(Actor, 3, 2),
+        make(Critic, 3, 2),
+        tiny_batch(terminated=(1, 1, 1, 1)),
+    )
     for gamma in (0.5, 0.99):
         other_end = batch._replace(next_obs=torch.randn(4, 3))
-        assert torch.equal(td3_bc.td_target(actor, critic, other_end, Args(gamma=gamma)), batch.reward)
+        assert torch.equal(
+            td3_bc.td_target(actor, critic, other_end, Args(gamma=gamma)), batch.reward
+        )
     going_on = td3_bc.td_target(actor, lambda obs, action: torch.full((2, 4), 7.0),
                                 batch._replace(terminated=torch.zeros(4)), Args(gamma=0.5))
     assert_close(going_on, batch.reward + 3.5)
@@ -105,12 +120,19 @@ def test_minimum_over_critics_is_per_transition():
     assert_close(y - batch.reward, [0.5, 1.0, -1.0, 0.0])
 
 
-@pytest.mark.parametrize("noise, clip, largest", [(0.2, 0.5, 0.5), (9.0, 0.5, 0.5), (9.0, 3.0, 1.0), (0.0, 0.5, 0.0)])
+@pytest.mark.parametrize(
+    "noise, clip, largest", [(0.2, 0.5, 0.5), (9.0, 0.5, 0.5), (9.0, 3.0, 1.0), (0.0, 0.5, 0.0)]
+)
 def test_smoothing_noise(noise, clip, largest):
-    """Bounded by noise_clip, then by the action range; none with σ = 0; its own for each transition and dimension."""
+    """Bounded by noise_clip, then by the action range; none with σ = 0; its own for each transition
+    and dimension."""
     seen = []
-    td3_bc.td_target(torch.zeros_like, lambda obs, action: seen.append(action) or torch.zeros(2, 64),
-                     tiny_batch([0] * 64, obs_dim=2), Args(policy_noise=noise, noise_clip=clip))
+    td3_bc.td_target(
+        torch.zeros_like,
+        lambda obs, action: seen.append(action) or torch.zeros(2, 64),
+        tiny_batch([0] * 64, obs_dim=2),
+        Args(policy_noise=noise, noise_clip=clip),
+    )
     assert seen[0].abs().max() <= largest
     if noise == 0.2:
         assert len(seen[0].unique()) > 120, "128 draws, of which a few may sit on the clip"
@@ -149,13 +171,17 @@ def test_lambda_is_a_constant_to_the_gradient():
     lam = 2.5 / q.abs().mean().item()
     (-lam * q.mean() + ((action - batch.action) ** 2).mean()).backward()
     assert_close(got, flat_grad(actor))
-    assert (got - actor_gradient(actor, critic, batch, 0.0)).abs().max() > 1e-3, "Q must matter here"
+    assert (got - actor_gradient(actor, critic, batch, 0.0)).abs().max() > 1e-3, (
+        "Q must matter here"
+    )
 
 
 def test_constant_q_contributes_exactly_its_weight():
     """−λ mean Q = −w for any constant Q > 0."""
     actor, batch = make(Actor, 3, 2), tiny_batch()
-    loss, cloning, _ = td3_bc.actor_loss(actor, lambda obs, action: torch.full((2, 4), 123.0), batch, 2.5)
+    loss, cloning, _ = td3_bc.actor_loss(
+        actor, lambda obs, action: torch.full((2, 4), 123.0), batch, 2.5
+    )
     assert_close(loss - cloning, -2.5)
 
 
@@ -172,7 +198,9 @@ def test_without_weight_on_q_it_is_behaviour_cloning():
 def test_cloning_error_is_a_mean_over_action_dimensions():
     """π = (0, 0, 0) and a = (1, 1, 1) make 1, not 3."""
     batch = tiny_batch(action_dim=3)._replace(action=torch.ones(4, 3))
-    loss, cloning, _ = td3_bc.actor_loss(torch.zeros_like, lambda obs, action: torch.ones(2, 4), batch, 0.0)
+    loss, cloning, _ = td3_bc.actor_loss(
+        torch.zeros_like, lambda obs, action: torch.ones(2, 4), batch, 0.0
+    )
     assert_close(torch.stack([loss, cloning]), [1.0, 1.0])
 
 
@@ -181,7 +209,8 @@ def test_cloning_error_is_a_mean_over_action_dimensions():
 
 def networks():
     actor, critic = make(Actor, 3, 2), make(Critic, 3, 2)
-    return [actor, make(Actor, 3, 2), critic, make(Critic, 3, 2)]  # targets that differ show which one is used
+    # targets that differ show which one is used
+    return [actor, make(Actor, 3, 2), critic, make(Critic, 3, 2)]
 
 
 def sgd(*nets, lr=0.01):
@@ -190,7 +219,8 @@ def sgd(*nets, lr=0.01):
 
 @pytest.mark.parametrize("delayed", [False, True])
 def test_update_is_the_algorithm_box(delayed):
-    """Critic on a target from the target networks; in its turn the actor, on the new critic; then (E6), exactly."""
+    """Critic on a target from the target networks; in its turn the actor, on the new critic; then
+    (E6), exactly."""
     args, data, nets = Args(batch_size=4, gamma=0.9, target_rate=0.3), tiny_data(), networks()
     actor, actor_target, critic, critic_target = copy.deepcopy(nets)
     optimizers = sgd(nets[0], nets[2])
@@ -213,24 +243,37 @@ def test_update_is_the_algorithm_box(delayed):
                     t.data = 0.7 * t.data + 0.3 * o.data
         for got, want in zip(nets, (actor, actor_target, critic, critic_target)):
             assert_close(flat(got), flat(want), 1e-12)
-        assert_close(flat_grad(nets[2]), q_grad, 1e-12)  # the actor's step adds nothing to the critic's gradient
+        # the actor's step adds nothing to the critic's gradient
+        assert_close(flat_grad(nets[2]), q_grad, 1e-12)
         for name, value in expected.items():
             assert_close(metrics[name], value, 1e-12)
 
 
 def test_each_step_moves_its_own_network_only():
-    """The critic's loss gives the actor no gradient, the actor's step leaves critic and targets without one."""
-    args, data, (actor, actor_target, critic, critic_target) = Args(batch_size=4), tiny_data(), networks()
-    td3_bc.update(args, data, actor, actor_target, critic, critic_target, *sgd(actor, critic), False)
-    assert all(p.grad is None for net in (actor, actor_target, critic_target) for p in net.parameters())
+    """The critic's loss gives the actor no gradient, the actor's step leaves critic and targets
+    without one."""
+    args, data, (actor, actor_target, critic, critic_target) = (
+        Args(batch_size=4),
+        tiny_data(),
+        networks(),
+    )
+    td3_bc.update(
+        args, data, actor, actor_target, critic, critic_target, *sgd(actor, critic), False
+    )
+    assert all(
+        p.grad is None for net in (actor, actor_target, critic_target) for p in net.parameters()
+    )
     before = flat(critic)
-    td3_bc.update(args, data, actor, actor_target, critic, critic_target, *sgd(actor, critic, lr=0.0), True)
+    td3_bc.update(
+        args, data, actor, actor_target, critic, critic_target, *sgd(actor, critic, lr=0.0), True
+    )
     assert torch.equal(flat(critic), before) and all(p.grad is not None for p in actor.parameters())
     assert all(p.grad is None for net in (actor_target, critic_target) for p in net.parameters())
 
 
 def test_train_delays_actor_and_targets(monkeypatch):
-    """Ten updates with policy_delay 2: ten of the critic, five of actor and targets; targets start as copies."""
+    """Ten updates with policy_delay 2: ten of the critic, five of actor and targets; targets start
+    as copies."""
     run = silent_train(monkeypatch, td3_bc, tiny_data(), steps=10, batch_size=4, policy_delay=2)
     assert run.steps_that_moved("critic") == list(range(1, 11))
     for name in ("actor", "actor_target", "critic_target"):
@@ -244,7 +287,8 @@ def test_train_delays_actor_and_targets(monkeypatch):
 
 
 def test_standardisation_round_trip(monkeypatch):
-    """In training mean 0 and std / (std + 0.001); the finished actor's input and output are in raw units."""
+    """In training mean 0 and std / (std + 0.001); the finished actor's input and output are in raw
+    units."""
     data = tiny_data()
     data.obs[:, 2] = 4.0  # a dimension that never changes must not blow up
     raw_obs, raw_next_obs = data.obs.clone(), data.next_obs.clone()
@@ -253,5 +297,8 @@ def test_standardisation_round_trip(monkeypatch):
     assert_close(data.obs.mean(0), torch.zeros(3))
     assert_close(data.obs.std(0, correction=0), std / (std + 1e-3))
     assert_close(data.next_obs * (std + 1e-3) + raw_obs.mean(0), raw_next_obs)
-    expected = [[0.5 + (i + 1) * a for i, a in enumerate(slow_action(run.actor, data.obs[b]))] for b in range(12)]
+    expected = [
+        [0.5 + (i + 1) * a for i, a in enumerate(slow_action(run.actor, data.obs[b]))]
+        for b in range(12)
+    ]
     assert_close(run.actor.act(raw_obs), expected)
