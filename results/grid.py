@@ -72,13 +72,15 @@ STUDIES = {  # settings whose published value fails on this suite, one factor at
     "awac-beta-50": "awac.py --steps 40000 --beta 50 --holdout 0.1",
     "plas-vae-lr-1e-4": "plas.py --steps 20000 --vae-steps 20000 --vae-lr 1e-4 --holdout 0.1",
     "plas-vae-lr-1e-3": "plas.py --steps 20000 --vae-steps 20000 --vae-lr 1e-3 --holdout 0.1",
-    "bear-actor-lr-1e-4": "bear.py --steps 8000 --actor-lr 1e-4 --holdout 0.1 --eval-every 2000",
-    "bear-actor-lr-1e-3": "bear.py --steps 8000 --actor-lr 1e-3 --holdout 0.1 --eval-every 2000",
-    "bear-mmd-0.12": "bear.py --steps 8000 --actor-lr 1e-3 --max-mmd 0.12 --holdout 0.1 "
-                     "--eval-every 2000",
-    "morel-horizon-5": "morel.py --steps 20000 --horizon 5 --holdout 0.1",
-    "morel-horizon-25": "morel.py --steps 20000 --horizon 25 --holdout 0.1",
-    "morel-horizon-100": "morel.py --steps 20000 --horizon 100 --holdout 0.1",
+    "bear-actor-lr-1e-4": "bear.py --steps 12000 --warm-up-steps 4000 --actor-lr 1e-4 "
+                          "--holdout 0.1 --eval-every 2000",
+    "bear-actor-lr-1e-3": "bear.py --steps 12000 --warm-up-steps 4000 --actor-lr 1e-3 "
+                          "--holdout 0.1 --eval-every 2000",
+    "bear-mmd-0.12": "bear.py --steps 12000 --warm-up-steps 4000 --actor-lr 1e-3 --max-mmd 0.12 "
+                     "--holdout 0.1 --eval-every 2000",
+    "morel-horizon-5": "morel.py --steps 20000 --horizon 5 --dynamics-epochs 10 --holdout 0.1",
+    "morel-horizon-25": "morel.py --steps 20000 --horizon 25 --dynamics-epochs 10 --holdout 0.1",
+    "morel-horizon-100": "morel.py --steps 20000 --horizon 100 --dynamics-epochs 10 --holdout 0.1",
 }
 RATES = {  # how fast Q can grow: the target networks set the pace
     "iql-target-rate-0.005": "iql.py --steps 20000 --actor-lr 1e-3 --critic-lr 1e-3 "
