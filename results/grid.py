@@ -185,8 +185,14 @@ def main() -> int:
     options = parser.parse_args()
     if options.run:
         return run(options.run[0], options.run[1:], options.history)
-    commands = lines(options)
+    try:
+        commands = lines(options)
+    except ValueError:
+        parser.error(f"--seeds {options.seeds}: give one seed, or a range as 0-2")
+    if not commands:
+        parser.error("the grid has no run with these options; --list alone prints all of them")
     if options.list:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--list | head` ends without an error
         print("\n".join(commands))
         return 0
     with ThreadPoolExecutor(options.jobs) as pool:
