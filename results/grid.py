@@ -58,6 +58,7 @@ DISCRETE = {
     "rem": "rem.py --steps 100000",
     "rem-ensemble": "rem.py --steps 100000 --ensemble",
     "cql_discrete": "cql_discrete.py --steps 100000",
+    "bc": "bc.py --steps 20000",
 }
 MODES = {  # shorter studies of single forms
     "cql-h": "cql.py --steps 20000 --form cql-h",
@@ -88,6 +89,11 @@ RATES = {  # how fast Q can grow: the target networks set the pace
     "iql-target-rate-0.02": "iql.py --steps 20000 --actor-lr 1e-3 --critic-lr 1e-3 "
                             "--target-rate 0.02 --eval-every 5000",
 }
+WEIGHTS = {  # of CQL's term, where the values of two actions differ by a few hundredths
+    "cql_discrete-weight-0.1": "cql_discrete.py --steps 100000 --cql-weight 0.1",
+    "cql_discrete-weight-0.01": "cql_discrete.py --steps 100000 --cql-weight 0.01",
+}
+ONE_AT_A_TIME = STUDIES | RATES | WEIGHTS  # runs that differ from a default in one setting
 OTHERS = [f"{body}-{level}" for body in ("hopper", "walker2d", "halfcheetah")
           for level in ("medium-expert", "random", "medium", "medium-replay")
           if (body, level) not in (("hopper", "medium"), ("hopper", "medium-replay"))]
@@ -103,6 +109,7 @@ PARTS = {  # part: datasets, files, seeds
     "modes": (["hopper-medium-replay"], MODES, "0"),
     "studies": (["hopper-medium"], STUDIES, "0"),
     "rates": (["hopper-medium-replay"], RATES, "0"),
+    "weights": (["acrobot-replay"], WEIGHTS, "0-2"),
 }
 
 
@@ -126,7 +133,7 @@ def lines(options) -> list[str]:
                 if options.steps:
                     command = re.sub(r"--steps \d+", f"--steps {options.steps}", command)
                 # a study's runs differ in a setting only, so each needs a place of its own
-                out = f"{options.out}/{name}" if name in STUDIES | RATES else options.out
+                out = f"{options.out}/{name}" if name in ONE_AT_A_TIME else options.out
                 every = "" if "--eval-every" in command else " --eval-every 10000"
                 for seed in seeds_of(options.seeds or seeds):
                     chosen.append(
@@ -151,7 +158,7 @@ def run(name: str, command: list[str], history: bool) -> int:
         return command[command.index(option) + 1]
 
     env, seed = value("--env"), value("--seed")
-    algorithm = Path(command[0]).stem if name in STUDIES | RATES else name
+    algorithm = Path(command[0]).stem if name in ONE_AT_A_TIME else name
     folder = ROOT / value("--out") / algorithm / env / f"seed{seed}"
     if not (folder / "result.json").exists():
         resume = ["--resume"] if (folder / "checkpoint.pt").exists() else []

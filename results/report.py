@@ -20,7 +20,7 @@ from common import MAY_CHANGE, NAMES, SUITE, fail, load_dataset
 from style import CLONE, DATA, ESTIMATE, POLICY, plt
 
 import numpy as np
-from grid import RATES, STUDIES
+from grid import ONE_AT_A_TIME
 from minari.storage import get_dataset_path
 
 HERE = Path(__file__).resolve().parent
@@ -155,7 +155,7 @@ def grid_results() -> dict:
     for env in results:
         results[env] = {
             name: list(filter(is_current, runs)) or runs
-            for name, runs in results[env].items() if name not in STUDIES | RATES}
+            for name, runs in results[env].items() if name not in ONE_AT_A_TIME}
     return results
 
 
@@ -292,14 +292,14 @@ def file_of(algorithm: str):
 
 def study_table(results: dict) -> list[str]:
     """Runs that differ in one setting: their evaluations in training, and the final score."""
-    lines = ["| dataset | run | updates | evaluations in training | score | the data |",
-             "|---|---|---:|---|---:|---:|"]
+    lines = ["| dataset | run | seed | updates | evaluations in training | score | the data |",
+             "|---|---|---:|---:|---|---:|---:|"]
     for env in sorted(results, key=NAMES.index):
-        for name in STUDIES | RATES:
+        for name in ONE_AT_A_TIME:
             for run in results[env].get(name, []):
                 seen = ", ".join(f"{point['score']:.0f}" for point in run["curve"])
-                lines.append(f"| {env} | {name} | {run['steps']:,} | {seen} | {run['score']:.1f} | "
-                             f"{score_of_data(run):.1f} |")
+                lines.append(f"| {env} | {name} | {run['seed']} | {run['steps']:,} | {seen} | "
+                             f"{run['score']:.1f} | {score_of_data(run):.1f} |")
     return lines
 
 
