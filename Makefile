@@ -2,13 +2,15 @@
 # Python 3.11 or newer and a package index.
 PYTHON ?= python3
 ENV ?= hopper
-SEED ?= 0
+SEED ?= $(or $(SEED_$(ENV)),0)
 PART ?= 1
 JOBS ?= 2
 RUN := .venv/bin/python
-BEHAVIOR_hopper := --steps 1000000
-BEHAVIOR_walker2d := --steps 1000000 --batch-size 128 --snapshot-every 2000
-BEHAVIOR_halfcheetah := --steps 1000000 --batch-size 128
+# the trainings behind the shipped behaviour policies
+SEED_hopper := 2
+BEHAVIOR_hopper := --steps 150000
+BEHAVIOR_walker2d := --steps 500000
+BEHAVIOR_halfcheetah := --steps 200000
 BEHAVIOR_pendulum := --steps 10000 --random-steps 1000 --snapshot-every 500
 BEHAVIOR_cartpole := --steps 50000 --random-steps 500 --batch-size 128 --snapshot-every 500
 BEHAVIOR_acrobot := $(BEHAVIOR_cartpole)
