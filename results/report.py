@@ -20,7 +20,7 @@ from common import MAY_CHANGE, NAMES, SUITE, fail, load_dataset
 from style import CLONE, DATA, ESTIMATE, POLICY, plt
 
 import numpy as np
-from grid import ONE_AT_A_TIME
+from grid import ONE_AT_A_TIME, PARTS, seeds_of
 from minari.storage import get_dataset_path
 
 HERE = Path(__file__).resolve().parent
@@ -201,6 +201,7 @@ def tables() -> None:
     write_section("speed", speed_table())
     write_section("younger_table", younger_table(results, published["other"]))
     write_section("results", result_table(results, published["other"]))
+    write_section("missing", missing_table(committed()))
 
 
 def headline(results: dict) -> list[str]:
@@ -271,6 +272,32 @@ def result_table(results: dict, published: dict) -> list[str]:
                 f" | {score_of_data(runs[0]):.1f} | {published.get(env, {}).get(algorithm, '–')}"
                 f" | {speed:.0f} | {build} | {other_settings(runs[0])} |")
     return lines
+
+
+def missing_table(results: dict) -> list[str]:
+    """Core-hours of the grid's runs that are not committed in full length on the present data, at
+    the median speed of what is committed of the same run."""
+    columns = {"hopper-medium-replay": "123", "hopper-medium": "45", "the ten others": "6"}
+    speeds, hours = defaultdict(list), defaultdict(lambda: defaultdict(float))
+    for runs_of in results.values():
+        for name, runs in runs_of.items():
+            speeds[name] += [run["updates_per_second"] for run in runs]
+    for column, parts in columns.items():
+        for datasets, files, seeds in (PARTS[part] for part in parts):
+            for name, command in files.items():
+                steps = int(re.search(r"--steps (\d+)", command)[1])
+                wanted = len(datasets) * len(seeds_of(seeds))
+                done = sum(is_current(run) and run["steps"] >= steps
+                           for env in datasets for run in results.get(env, {}).get(name, []))
+                seconds = steps / np.median(speeds[name])
+                hours[name][column] += max(0, wanted - done) * seconds / 3600
+    lines = ["| run | updates/s | " + " | ".join(columns) + " |",
+             "|---|---:|" + "---:|" * len(columns)]
+    for name in hours:
+        cells = [f"{hours[name][column]:.1f}" for column in columns]
+        lines.append(f"| {name} | {np.median(speeds[name]):.0f} | " + " | ".join(cells) + " |")
+    sums = [f"{sum(row[column] for row in hours.values()):.0f}" for column in columns]
+    return [*lines, "| all | | " + " | ".join(sums) + " |"]
 
 
 def other_settings(run: dict) -> str:

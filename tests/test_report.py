@@ -79,3 +79,27 @@ def test_the_settings_that_a_run_changed():
         report.other_settings({"algorithm": "edac-sac-n", "env": "hopper-medium", "args": changed})
         == "num_critics 10, gamma 0.9"
     )
+
+
+def test_core_hours_of_what_has_not_run(monkeypatch):
+    """A run counts when it is of the present data and has the grid's length; the others take their
+    length over the median speed of all runs of their name."""
+    files = {"bc": "bc.py --steps 7200", "cql": "cql.py --steps 3600"}
+    parts = {"1": (["a"], files, "0-2"), "4": (["b", "c"], {"cql": files["cql"]}, "0")}
+    parts |= {part: ([], {}, "0") for part in "2356"}
+    monkeypatch.setattr(report, "PARTS", parts)
+    monkeypatch.setattr(report, "is_current", lambda run: run["current"])
+
+    def run(steps, speed, current=True):
+        return {"steps": steps, "updates_per_second": speed, "current": current}
+
+    results = {
+        "a": {"bc": [run(7200, 1.0), run(7199, 3.0), run(9000, 2.0, False)], "cql": [run(60, 4.0)]},
+        "c": {"cql": [run(3600, 4.0)]},
+    }
+    rows = [line.split(" | ") for line in report.missing_table(results)[2:]]
+    assert [row[1:] for row in rows] == [
+        ["2", "2.0", "0.0", "0.0 |"],  # two seeds of 7200 / 2 seconds
+        ["4", "0.8", "0.2", "0.0 |"],  # three of 3600 / 4 seconds, and one on b
+        ["| 3", "0", "0 |"],
+    ]
