@@ -210,10 +210,8 @@ def tiny_data(n: int = 12, action_dim: int = 2) -> Dataset:
         gym.spec("Pendulum-v1").to_json(),
         (0.0, 1.0),
     )
-    data.action_mid, data.action_half = (
-        torch.full((action_dim,), 0.5),
-        torch.arange(1.0, action_dim + 1),
-    )
+    data.action_mid = torch.full((action_dim,), 0.5)
+    data.action_half = torch.arange(1.0, action_dim + 1)
     return data
 
 

@@ -84,11 +84,9 @@ def networks():
 def test_sample_equals_a_loop(monkeypatch):
     """(E1), with log σ softly bounded; and acting is tanh of the mean in the environment's
     units."""
-    actor, obs, draws = (
-        make(Actor, 3, 2),
-        torch.randn(4, 3),
-        record_draws(monkeypatch, "randn_like"),
-    )
+    actor = make(Actor, 3, 2)
+    obs = torch.randn(4, 3)
+    draws = record_draws(monkeypatch, "randn_like")
     action, log_prob = algae_dice.sample_action(*actor(obs))
     expected = [slow_sample(actor, obs[b], draws[0][b]) for b in range(4)]
     assert_close(action, [a for a, _ in expected])
@@ -296,10 +294,8 @@ def test_the_mask_stops_the_bootstrap_where_the_task_is_over_and_only_there():
 
 def test_the_mixture_takes_the_minimum_of_the_targets_and_each_critics_own():
     """0.05 Q_k + 0.95 min_j Q̄_j, per transition; κ = 1 has no target in it."""
-    online, target = (
-        torch.tensor([[1.0, 5.0], [3.0, 2.0]]),
-        torch.tensor([[10.0, 30.0], [20.0, -10.0]]),
-    )
+    online = torch.tensor([[1.0, 5.0], [3.0, 2.0]])
+    target = torch.tensor([[10.0, 30.0], [20.0, -10.0]])
     mixed = algae_dice.mix_with_target(lambda *_: online, lambda *_: target, None, None, 0.05)
     assert_close(mixed, [[0.05 + 9.5, 0.25 - 9.5], [0.15 + 9.5, 0.1 - 9.5]])
     assert torch.equal(
@@ -483,10 +479,8 @@ def test_bandit(monkeypatch):
         lambda like: quantiles[: len(like)] if len(like) == 10 else torch.zeros_like(like),
     )
     shift = torch.special.ndtri(torch.tensor(0.7))  # P(u > 0) = 0.7
-    reward, args = (
-        torch.tensor([2.0, -1.0]),
-        Args(gamma=0.0, exponent=2.0, initial_weight=0.01, online_share=1.0),
-    )
+    reward = torch.tensor([2.0, -1.0])
+    args = Args(gamma=0.0, exponent=2.0, initial_weight=0.01, online_share=1.0)
     batch = tiny_batch([0.0] * 4, action_dim=1)._replace(
         action=torch.tensor([[-1.0], [-1.0], [-1.0], [1.0]]), reward=reward[[0, 0, 0, 1]])
     policy = lambda obs: (shift.expand(len(obs), 1), torch.zeros(len(obs), 1))

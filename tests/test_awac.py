@@ -255,11 +255,9 @@ def sgd(actor, critic, lr=0.01):
 def test_update_is_the_algorithm_box():
     """y and the weights from the networks before their steps, the advantage from the online
     critics; then (E7), exactly."""
-    args, data, nets = (
-        Args(batch_size=4, gamma=0.9, target_rate=0.3, beta=0.7),
-        tiny_data(),
-        networks(),
-    )
+    args = Args(batch_size=4, gamma=0.9, target_rate=0.3, beta=0.7)
+    data = tiny_data()
+    nets = networks()
     actor, critic, critic_target = copy.deepcopy(nets)
     optimizers = sgd(*nets[:2])
     for seed in range(2):  # twice, so that no gradient is left over

@@ -292,11 +292,9 @@ def test_standardisation_round_trip(monkeypatch):
 @pytest.mark.parametrize("update_actor", [False, True])
 def test_update_is_the_algorithm_box(update_actor):
     """V on its rows' returns, or π on its rows' weights; the other one keeps still."""
-    args, data, nets = (
-        Args(batch_size=4, gamma=0.9, bound_weight=3.0),
-        tiny_data(),
-        [make_actor(), make(Value, 3)],
-    )
+    args = Args(batch_size=4, gamma=0.9, bound_weight=3.0)
+    data = tiny_data()
+    nets = [make_actor(), make(Value, 3)]
     actor, value = copy.deepcopy(nets)
     returns, weight = torch.randn(12), torch.rand(12)
     optimizers = [torch.optim.SGD(net.parameters(), lr=0.01) for net in nets]

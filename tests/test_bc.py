@@ -100,11 +100,9 @@ def fit(data, steps, lr, obs_dim=3, action_dim=2):
 def test_recovers_a_linear_policy(monkeypatch):
     """Data a = tanh(W s + b) and a clone without hidden layers: W and b come back."""
     monkeypatch.setattr(bc, "HIDDEN", ())
-    data, weight, bias = (
-        tiny_data(64),
-        torch.tensor([[0.5, -0.3, 0.2], [0.1, 0.4, -0.6]]),
-        torch.tensor([0.3, -0.2]),
-    )
+    data = tiny_data(64)
+    weight = torch.tensor([[0.5, -0.3, 0.2], [0.1, 0.4, -0.6]])
+    bias = torch.tensor([0.3, -0.2])
     data.action = torch.tanh(data.obs @ weight.T + bias)
     actor, loss = fit(data, 700, 0.03)
     assert loss < 1e-8
@@ -250,11 +248,9 @@ def test_discrete_actor_loss_refuses_a_column():
 
 def test_update_on_discrete_actions_is_one_step():
     """Gradient descent on (E3), of every parameter."""
-    data, actor, by_hand = (
-        tiny_discrete_data(),
-        make(DiscreteActor, 3, 3),
-        make(DiscreteActor, 3, 3),
-    )
+    data = tiny_discrete_data()
+    actor = make(DiscreteActor, 3, 3)
+    by_hand = make(DiscreteActor, 3, 3)
     by_hand.load_state_dict(actor.state_dict())
     torch.manual_seed(1)
     metrics = bc.update(

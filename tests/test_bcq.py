@@ -166,12 +166,10 @@ def test_value_actions_equals_a_loop():
 def test_td_target_equals_a_loop(monkeypatch):
     """(E4): N proposals of the VAE and the target ξ, mixed over the critics, then the best; reward
     alone at the end."""
-    vae, perturbation, critic, batch = (
-        make(VAE, 3, 2),
-        perturbation_of(0.3),
-        make(Critic, 3, 2),
-        tiny_batch(),
-    )
+    vae = make(VAE, 3, 2)
+    perturbation = perturbation_of(0.3)
+    critic = make(Critic, 3, 2)
+    batch = tiny_batch()
     args, expected, winners = Args(gamma=0.9, num_samples=5, min_weight=0.6), [], set()
     draws = record_draws(monkeypatch, "randn")
     y = bcq.td_target(vae, perturbation, critic, batch, args)
@@ -306,12 +304,10 @@ def test_critic_loss_equals_a_loop():
 def test_perturbation_loss_equals_a_loop(monkeypatch):
     """(E6) with its gradient: minus the mean of the first critic alone, at one proposal per
     observation."""
-    vae, perturbation, critic, obs = (
-        make(VAE, 3, 2),
-        perturbation_of(0.3),
-        make(Critic, 3, 2),
-        torch.randn(4, 3),
-    )
+    vae = make(VAE, 3, 2)
+    perturbation = perturbation_of(0.3)
+    critic = make(Critic, 3, 2)
+    obs = torch.randn(4, 3)
     critic.layers[-1].bias.data[0] += 9  # the first is not the smaller one
     draws = record_draws(monkeypatch, "randn")
     loss, q_policy = bcq.perturbation_loss(vae, perturbation, critic, obs)
@@ -384,11 +380,9 @@ def sgd(actor, lr=0.01):
 def test_update_is_the_algorithm_box():
     """VAE; Q on a target from the new VAE and the target networks; ξ on the new Q and the new VAE;
     then (E7), exactly."""
-    args, data, nets = (
-        Args(batch_size=4, gamma=0.9, target_rate=0.3, num_samples=3),
-        tiny_data(),
-        networks(),
-    )
+    args = Args(batch_size=4, gamma=0.9, target_rate=0.3, num_samples=3)
+    data = tiny_data()
+    nets = networks()
     actor, perturbation_target, critic_target = copy.deepcopy(nets)
     vae, perturbation, critic = actor.vae, actor.perturbation, actor.critic
     optimizers = sgd(nets[0])
@@ -496,11 +490,9 @@ def test_the_constraint_is_what_keeps_it_in_the_data(monkeypatch, seed):
 def fit_vae(monkeypatch, action):
     """The actions that a VAE draws, (1000,), after it has seen these in one state."""
     monkeypatch.setattr(bcq, "VAE_HIDDEN", (32, 32))
-    vae, batch = (
-        VAE(3, 1),
-        tiny_batch([0.0] * len(action))._replace(
-            obs=torch.zeros(len(action), 3), action=action[:, None]
-        ),
+    vae = VAE(3, 1)
+    batch = tiny_batch([0.0] * len(action))._replace(
+        obs=torch.zeros(len(action), 3), action=action[:, None]
     )
     optimizer = torch.optim.Adam(vae.parameters(), lr=5e-3)
     for _ in range(400):

@@ -82,12 +82,10 @@ def test_log_std_of_the_latent_is_bounded():
 
 def test_actions_before_tanh_equal_a_loop():
     """u = μ + σ ε for each observation's own noise, or for noise that all share; −5 ≤ log σ ≤ 2."""
-    actor, obs, own, shared = (
-        make(Actor, 3, 2),
-        torch.randn(4, 3),
-        torch.randn(4, 5, 2),
-        torch.randn(1, 5, 2),
-    )
+    actor = make(Actor, 3, 2)
+    obs = torch.randn(4, 3)
+    own = torch.randn(4, 5, 2)
+    shared = torch.randn(1, 5, 2)
     assert_close(
         actor(obs, own), [[slow_raw(actor, obs[b], own[b, n]) for n in range(5)] for b in range(4)]
     )
@@ -151,13 +149,11 @@ def test_a_saved_policy_is_a_function():
 def test_td_target_equals_a_loop(monkeypatch):
     """(E2): N actions of the policy, mixed over the critics, then the best; reward alone at the
     end."""
-    actor, critic, batch, expected, winners = (
-        make(Actor, 3, 2),
-        make(Critic, 3, 2),
-        tiny_batch(),
-        [],
-        set(),
-    )
+    actor = make(Actor, 3, 2)
+    critic = make(Critic, 3, 2)
+    batch = tiny_batch()
+    expected = []
+    winners = set()
     draws = record_draws(monkeypatch, "randn")
     y = bear.td_target(actor, critic, batch, Args(gamma=0.9, num_samples=5, min_weight=0.6))
     assert draws[0].shape == (4, 5, 2)

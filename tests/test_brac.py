@@ -91,11 +91,9 @@ def networks():
 def test_sampled_actions_equal_a_loop(monkeypatch):
     """(E1): tanh of a Gaussian whose log σ is bounded softly, and the change of variables written
     with 1 − tanh²."""
-    actor, obs, draws = (
-        make(Actor, 3, 2),
-        torch.randn(4, 3),
-        record_draws(monkeypatch, "randn_like"),
-    )
+    actor = make(Actor, 3, 2)
+    obs = torch.randn(4, 3)
+    draws = record_draws(monkeypatch, "randn_like")
     action, log_prob = brac.sample_action(*actor(obs))
     for b in range(4):
         policy = slow_gaussian(actor, obs[b])
@@ -137,11 +135,9 @@ def test_known_densities(u, expected):
 
 def test_behavior_loss_equals_a_loop(monkeypatch):
     """(E2): the data's action clipped, the sample's not; and (E3) on that sample."""
-    behavior, batch, draws = (
-        make(Actor, 3, 2),
-        tiny_batch(),
-        record_draws(monkeypatch, "randn_like"),
-    )
+    behavior = make(Actor, 3, 2)
+    batch = tiny_batch()
+    draws = record_draws(monkeypatch, "randn_like")
     batch.action[0, 0] = 1.0
     loss, log_prob = brac.behavior_loss(behavior, torch.tensor(0.3), batch)
     expected, sampled = 0.0, []
@@ -163,12 +159,10 @@ def test_behavior_loss_equals_a_loop(monkeypatch):
 
 def test_update_behavior_is_two_steps():
     """b with the old α, then α from the log b of the same sample; α never below 0."""
-    args, data, behavior, coef = (
-        Args(batch_size=4),
-        tiny_data(),
-        make(Actor, 3, 2),
-        torch.tensor(0.01, requires_grad=True),
-    )
+    args = Args(batch_size=4)
+    data = tiny_data()
+    behavior = make(Actor, 3, 2)
+    coef = torch.tensor(0.01, requires_grad=True)
     behavior.net[-1].weight.data.mul_(0.1)
     # broad: entropy above the target, so α falls
     behavior.net[-1].bias.data[:] = torch.tensor([0.1, -0.1, 2.0, 2.0])
@@ -669,11 +663,9 @@ def test_a_constraint_creates_a_preference_where_all_is_worth_the_same():
     """Another of the notes: with no reward anywhere Q is 0, and an unconstrained policy has nothing
     to prefer. BRAC prefers the clone. It costs nothing there: the cost shows where the data cover
     better actions (results/lessons)."""
-    actor, behavior, obs = (
-        make(Actor, 3, 1, scale=0.5),
-        make(Actor, 3, 1, scale=0.5),
-        torch.randn(256, 3),
-    )
+    actor = make(Actor, 3, 1, scale=0.5)
+    behavior = make(Actor, 3, 1, scale=0.5)
+    obs = torch.randn(256, 3)
     nothing = lambda obs, action: torch.zeros(2, len(obs))
     gradients = []
     for weight in (0.0, 1.0):

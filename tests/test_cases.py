@@ -81,13 +81,11 @@ class World(gym.Env):
         self, obs="flat", action="box", gain=1.0, ends=0, fails=False, loose=False, render_mode=None
     ):
         self.observation_space, self.action_space = copy.deepcopy(OBS[obs]), ACTIONS[action]
-        self.gain, self.ends, self.fails, self.loose, self.render_mode = (
-            gain,
-            ends,
-            fails,
-            loose,
-            render_mode,
-        )
+        self.gain = gain
+        self.ends = ends
+        self.fails = fails
+        self.loose = loose
+        self.render_mode = render_mode
 
     def observe(self):
         obs = self.observation_space.sample()
@@ -1661,20 +1659,18 @@ def test_one_rule_for_threads(monkeypatch, threads, gflop, cores, user, expected
 def test_own_data_from_a_numpy_log_to_a_policy_that_needs_torch_alone(tmp_path, exports):
     """The walk-through: no simulator anywhere. A tank's level is to be held at 0; the valve's log
     was noisy and lazy."""
-    rng, logs = (
-        np.random.default_rng(0),
-        {
-            key: []
-            for key in (
-                "observations",
-                "actions",
-                "rewards",
-                "terminals",
-                "timeouts",
-                "next_observations",
-            )
-        },
-    )
+    rng = np.random.default_rng(0)
+    logs = {
+        key: []
+        for key in (
+            "observations",
+            "actions",
+            "rewards",
+            "terminals",
+            "timeouts",
+            "next_observations",
+        )
+    }
     for _ in range(40):
         level, inflow = rng.normal(size=2)
         for step in range(25):

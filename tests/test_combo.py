@@ -159,12 +159,10 @@ def test_soft_max_q_equals_a_loop(monkeypatch):
 
 def test_critic_loss_equals_a_loop():
     """(E9): all rows in the squared error; up only the first, real ones; down the soft maximum."""
-    critic, batch, y, soft_max = (
-        make(Critic, 3, 2),
-        tiny_batch((0, 1, 0, 0, 0)),
-        torch.randn(5),
-        torch.randn(2, 3),
-    )
+    critic = make(Critic, 3, 2)
+    batch = tiny_batch((0, 1, 0, 0, 0))
+    y = torch.randn(5)
+    soft_max = torch.randn(2, 3)
     q = [
         [slow_critic(critic, k, batch.obs[b], batch.action[b].tolist()) for b in range(5)]
         for k in range(2)
@@ -408,10 +406,8 @@ def value_at_start(loss_of, gamma=0.7, weight=0.3, sweeps=20):
     rng = np.random.default_rng(0)
     # (S, A), (S, A, S′)
     reward, dynamics = rng.normal(size=(3, 3)), rng.dirichlet(np.ones(3), size=(3, 3))
-    data, policy = (
-        np.array([[1, 5, 4], [5, 2, 3], [4, 5, 1]]),
-        np.array([[0.8, 0.1, 0.1], [0.1, 0.8, 0.1], [0.1, 0.1, 0.8]]),
-    )
+    data = np.array([[1, 5, 4], [5, 2, 3], [4, 5, 1]])
+    policy = np.array([[0.8, 0.1, 0.1], [0.1, 0.8, 0.1], [0.1, 0.1, 0.8]])
     step = np.einsum("ijk,kl->ijkl", dynamics, policy).reshape(9, 9)
     # of the policy in the model, here the truth
     visits = np.linalg.solve(np.eye(9) - gamma * step.T, (policy / 3).ravel())

@@ -38,11 +38,9 @@ def small(exact, monkeypatch):
 def test_sample_action_equals_a_loop(monkeypatch):
     """(E1): tanh of a Gaussian, and the change of variables written with 1 − tanh², not with
     softplus."""
-    actor, obs, draws = (
-        make(Actor, 3, 2),
-        torch.randn(4, 3),
-        record_draws(monkeypatch, "randn_like"),
-    )
+    actor = make(Actor, 3, 2)
+    obs = torch.randn(4, 3)
+    draws = record_draws(monkeypatch, "randn_like")
     action, log_prob = cql.sample_action(*actor(obs))
     expected = [slow_sample(actor, obs[b], draws[0][b], -5.0) for b in range(4)]
     assert_close(action, [a for a, _ in expected])
@@ -90,12 +88,10 @@ def test_propose_actions_equals_a_loop(monkeypatch):
 def test_soft_max_q_equals_a_loop():
     """(E3): for each critic and observation, log Σ exp(Q − log μ) over that observation's own
     actions."""
-    critic, obs, actions, log_density = (
-        make(Critic, 3, 2),
-        torch.randn(4, 3),
-        torch.randn(4, 5, 2),
-        torch.randn(4, 5),
-    )
+    critic = make(Critic, 3, 2)
+    obs = torch.randn(4, 3)
+    actions = torch.randn(4, 5, 2)
+    log_density = torch.randn(4, 5)
 
     def term(k, b, j):
         return math.exp(
@@ -110,11 +106,9 @@ def test_soft_max_q_equals_a_loop():
 
 def test_several_actions_equals_a_loop(monkeypatch):
     """(E4): N draws of π(·|s) for each observation, with noise of their own."""
-    actor, obs, draws = (
-        make(Actor, 3, 2),
-        torch.randn(4, 3),
-        record_draws(monkeypatch, "randn_like"),
-    )
+    actor = make(Actor, 3, 2)
+    obs = torch.randn(4, 3)
+    draws = record_draws(monkeypatch, "randn_like")
     actions, log_prob = cql.several_actions(actor(obs), 5)
     for b in range(4):
         expected = [slow_sample(actor, obs[b], draws[0][b, n], -5.0) for n in range(5)]
@@ -198,11 +192,9 @@ def test_act_is_the_mean_in_the_environments_units():
 def test_termination_stops_the_bootstrap_and_truncation_does_not():
     """Where the task is over, y is the reward whatever s′ and γ; elsewhere each transition takes
     its smaller Q."""
-    actor, critic, batch = (
-        make(Actor, 3, 2),
-        make(Critic, 3, 2),
-        tiny_batch(terminated=(1, 1, 1, 1)),
-    )
+    actor = make(Actor, 3, 2)
+    critic = make(Critic, 3, 2)
+    batch = tiny_batch(terminated=(1, 1, 1, 1))
     for gamma in (0.5, 0.99):
         assert torch.equal(
             cql.td_target(critic, actor(torch.randn(4, 3)), batch, gamma), batch.reward

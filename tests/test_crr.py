@@ -247,11 +247,9 @@ def test_large_beta_is_behaviour_cloning_and_small_beta_a_step():
 
 def test_a_batch_without_a_better_action_is_no_error():
     """All weights 0, as may happen with binary: no loss, no gradient, no 0/0."""
-    actor, batch, weight = (
-        make_actor(),
-        tiny_batch(),
-        crr.weights(-torch.ones(4), Args(weighting="binary")),
-    )
+    actor = make_actor()
+    batch = tiny_batch()
+    weight = crr.weights(-torch.ones(4), Args(weighting="binary"))
     loss = crr.actor_loss(actor, batch, weight)
     loss.backward()
     assert loss == 0 and (flat_grad(actor) == 0).all() and crr.effective_share(weight) == 0
@@ -287,11 +285,9 @@ def sgd(actor, actor_target, critic, critic_target, lr=0.01):
 def test_update_is_the_algorithm_box(weighting, copy_targets):
     """y from both targets, the advantage from both online networks, neither loss after the other's
     step; then (E7)."""
-    args, data, nets = (
-        Args(batch_size=16, gamma=0.9, weighting=weighting, num_samples=3),
-        tiny_data(),
-        networks(),
-    )
+    args = Args(batch_size=16, gamma=0.9, weighting=weighting, num_samples=3)
+    data = tiny_data()
+    nets = networks()
     actor, actor_target, critic, critic_target = copy.deepcopy(nets)
     optimizers = sgd(*nets)
     for seed in range(2):  # twice, so that no gradient is left over

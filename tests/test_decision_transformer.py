@@ -253,11 +253,9 @@ def test_dropout_only_where_asked_for():
 def test_every_dropout_is_there(monkeypatch):
     """Once on the tokens; in each layer on the attention weights and on what each half adds: with
     this rate."""
-    rates, drop, attend = (
-        [],
-        torch.nn.functional.dropout,
-        torch.nn.functional.scaled_dot_product_attention,
-    )
+    rates = []
+    drop = torch.nn.functional.dropout
+    attend = torch.nn.functional.scaled_dot_product_attention
     monkeypatch.setattr(dt.F, "dropout", lambda x, p: rates.append((x.shape[1:], p)) or drop(x, p))
     monkeypatch.setattr(
         dt.F,

@@ -58,10 +58,8 @@ def test_td_target_equals_a_loop(double):
     batch, q_net, q_target = discrete_batch(), make(QNetwork, (3,), 3), make(QNetwork, (3,), 3)
     expected, others = [], 0
     for b in range(4):
-        frozen, learned = (
-            slow_mlp(q_target.net, batch.next_obs[b]),
-            slow_mlp(q_net.net, batch.next_obs[b]),
-        )
+        frozen = slow_mlp(q_target.net, batch.next_obs[b])
+        learned = slow_mlp(q_net.net, batch.next_obs[b])
         chosen = (learned if double else frozen).index(max(learned if double else frozen))
         others += learned.index(max(learned)) != frozen.index(max(frozen))
         expected.append(
@@ -88,10 +86,8 @@ def test_double_dqn_by_hand():
     """Q prefers the first action, Q̄ the second, whose value it overestimates: 1 + γ·1, in place of
     1 + γ·5."""
     batch = tiny_batch((0,))._replace(reward=torch.ones(1), next_obs=torch.ones(1, 1))
-    learned, frozen = (
-        (lambda obs: torch.tensor([[3.0, 2.0]])),
-        (lambda obs: torch.tensor([[1.0, 5.0]])),
-    )
+    learned = lambda obs: torch.tensor([[3.0, 2.0]])
+    frozen = lambda obs: torch.tensor([[1.0, 5.0]])
     assert_close(dqn.td_target(learned, frozen, batch, Args(gamma=0.5, double=True)), [1.5])
     assert_close(dqn.td_target(learned, frozen, batch, Args(gamma=0.5)), [3.5])
 
@@ -219,8 +215,11 @@ def test_it_finds_what_value_iteration_finds(monkeypatch):
     data = tiny_discrete_data(len(rows), obs_dim=num, num_actions=actions)
     state, action, next_state, reward, ended = (torch.tensor(column) for column in zip(*rows))
     one_hot = torch.eye(num)
-    data.obs, data.action, data.next_obs, data.reward, data.terminated = (
-        one_hot[state], action, one_hot[next_state], reward, ended)
+    data.obs = one_hot[state]
+    data.action = action
+    data.next_obs = one_hot[next_state]
+    data.reward = reward
+    data.terminated = ended
     run = silent_train(
         monkeypatch,
         dqn,

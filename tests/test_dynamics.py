@@ -343,10 +343,8 @@ def test_the_jump_into_another_episode_is_not_fitted(monkeypatch, tmp_path):
 def scripted_fit(monkeypatch, tmp_path, script, epochs=100):
     """Fit, where after epoch e the holdout error of network m is script[e][m]: the last bias is its
     root, and y is 0."""
-    data, calls = (
-        plain_data(torch.zeros(10, 1), torch.zeros(10, 1), torch.zeros(10, 1), torch.zeros(10)),
-        [],
-    )
+    data = plain_data(torch.zeros(10, 1), torch.zeros(10, 1), torch.zeros(10, 1), torch.zeros(10))
+    calls = []
 
     def descend(loss, optimizer):
         values = torch.tensor(script[len(calls)])
@@ -399,10 +397,8 @@ def test_a_model_that_is_not_finite_stops_the_run(monkeypatch, tmp_path, capsys)
 def test_a_second_start_does_not_fit_again(monkeypatch, tmp_path):
     """The file beside the run's folder is for this seed, this data and these epochs, and holds all
     that the model is."""
-    data, torch_seed = (
-        plain_data(*(torch.randn(50, 1) for _ in range(3)), torch.randn(50)),
-        torch.get_rng_state(),
-    )
+    data = plain_data(*(torch.randn(50, 1) for _ in range(3)), torch.randn(50))
+    torch_seed = torch.get_rng_state()
     first, again, other = Dynamics(1, 1), Dynamics(1, 1), Dynamics(1, 1)
     torch.set_rng_state(torch_seed)
     mopo.fit(first, data, Args(dynamics_epochs=3), no_run(tmp_path))
@@ -423,10 +419,8 @@ def test_a_second_start_does_not_fit_again(monkeypatch, tmp_path):
 
 
 def test_the_same_seed_fits_the_same_model(tmp_path):
-    data, start = (
-        plain_data(*(torch.randn(50, 1) for _ in range(3)), torch.randn(50)),
-        Dynamics(1, 1),
-    )
+    data = plain_data(*(torch.randn(50, 1) for _ in range(3)), torch.randn(50))
+    start = Dynamics(1, 1)
     models = [copy.deepcopy(start) for _ in range(3)]
     for i, (model, seed) in enumerate(zip(models, (5, 5, 6))):
         torch.randn(i)
@@ -449,12 +443,10 @@ def test_ctrl_c_while_fitting(tmp_path, capsys):
 
 def test_units_of_the_input_do_not_matter(tmp_path):
     """Fitted to A x + b instead of x, with the same seed, it predicts the same."""
-    obs, action, delta, reward = (
-        torch.randn(60, 2),
-        torch.randn(60, 1),
-        torch.randn(60, 2),
-        torch.randn(60),
-    )
+    obs = torch.randn(60, 2)
+    action = torch.randn(60, 1)
+    delta = torch.randn(60, 2)
+    reward = torch.randn(60)
     start, predictions = Dynamics(2, 1), []
     for i, (scale, shift) in enumerate(
         ((1.0, 0.0), (torch.tensor([30.0, 0.02]), torch.tensor([-7.0, 5.0])))
@@ -472,10 +464,8 @@ def test_it_knows_the_noise_where_there_is_data_and_disagrees_where_there_is_non
     torch.set_default_dtype(torch.float32)
     monkeypatch.setattr(mopo, "DYNAMICS_HIDDEN", (32, 32))
     s = torch.linspace(-2, 2, 5000)[:, None]
-    x, y = (
-        torch.cat([s, 0 * s], 1),
-        torch.cat([0 * s, s + 0.1 * (1 + s**2) * torch.randn_like(s)], 1),
-    )
+    x = torch.cat([s, 0 * s], 1)
+    y = torch.cat([0 * s, s + 0.1 * (1 + s**2) * torch.randn_like(s)], 1)
     dynamics, own = Dynamics(1, 1), torch.randint(5000, (7, 5000))
     optimizer = torch.optim.Adam(dynamics.parameters(), lr=1e-2)
     for step in range(700):

@@ -98,11 +98,9 @@ def similarity(critic, batch):
 
 def test_sample_action_equals_a_loop(monkeypatch):
     """(E1): tanh of a Gaussian with −5 ≤ log σ ≤ 2."""
-    actor, obs, draws = (
-        make(Actor, 3, 2),
-        torch.randn(4, 3),
-        record_draws(monkeypatch, "randn_like"),
-    )
+    actor = make(Actor, 3, 2)
+    obs = torch.randn(4, 3)
+    draws = record_draws(monkeypatch, "randn_like")
     action, log_prob = edac.sample_action(*actor(obs))
     expected = [slow_sample(actor, obs[b], draws[0][b], -5.0) for b in range(4)]
     assert_close(action, [a for a, _ in expected])

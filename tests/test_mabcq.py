@@ -164,10 +164,8 @@ def test_normalization_ignores_how_often():
 def test_transition_weights_equal_a_loop():
     """(E6) with its floor, a tenth of the mean |M|; (E8): both factors clipped before their
     product, which the mean divides."""
-    value, mean = (
-        torch.tensor([3.0, 0.5, -9.0, 1e3, 0.1]),
-        torch.tensor([2.0, -4.0, 1.0, 1.0, 0.01]),
-    )
+    value = torch.tensor([3.0, 0.5, -9.0, 1e3, 0.1])
+    mean = torch.tensor([2.0, -4.0, 1.0, 1.0, 0.01])
     p = torch.tensor([0.5, 0.8, 1.0, 1e-30, 1.0])
     raw = [3 / 2 * 2, (1 + 4.5 / 4) / 0.8, 0.2, 5 * 5, 1 + 0.09 / (0.1 * 8.01 / 5)]
     weight = mabcq.transition_weights(value, mean, errors_of(p), 1, 5.0)
@@ -208,12 +206,10 @@ def slow_outcome_loss(outcome, batch, value, scale):
 
 def test_outcome_loss_equals_a_loop():
     """(E5) with its gradient; M and u come without one."""
-    outcome, batch, value, scale = (
-        make(outcome_model, 3, 2, scale=3.0),
-        tiny_batch(),
-        torch.randn(4),
-        [1.0, 2.0, 0.5],
-    )
+    outcome = make(outcome_model, 3, 2, scale=3.0)
+    batch = tiny_batch()
+    value = torch.randn(4)
+    scale = [1.0, 2.0, 0.5]
     outcome["change"][-1].bias.data[3:] = torch.tensor([-9.0, 0.0, 5.0])  # clamped, free, clamped
     outcome["change"][-1].weight.data[3:] *= 0.1
     loss, mean_value, u = mabcq.outcome_loss(outcome, batch, value, torch.tensor(scale))
@@ -246,12 +242,10 @@ def test_what_the_models_learn():
 
 def test_td_target_is_bcqs_and_says_what_comes_after():
     """(E4): y to the last bit; V(s') is 0 after a termination."""
-    vae, perturbation, critic, batch = (
-        make(VAE, 3, 2),
-        make(Perturbation, 3, 2),
-        make(Critic, 3, 2),
-        tiny_batch(),
-    )
+    vae = make(VAE, 3, 2)
+    perturbation = make(Perturbation, 3, 2)
+    critic = make(Critic, 3, 2)
+    batch = tiny_batch()
     perturbation.bound.fill_(0.3)
     torch.manual_seed(5)
     next_value, y = mabcq.td_target(vae, perturbation, critic, batch, Args(gamma=0.9))

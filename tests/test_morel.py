@@ -173,10 +173,8 @@ def test_the_jump_into_another_episode_is_not_fitted(monkeypatch, tmp_path):
 def test_fit_is_kept_and_reproducible(monkeypatch, tmp_path, capsys):
     """The same seed, the same model, and torch's own draws as before; β may change without a new
     fit; Ctrl-C leaves nothing."""
-    data, start = (
-        plain_data(*(torch.randn(50, 1) for _ in range(3)), torch.randn(50)),
-        Dynamics(1, 1),
-    )
+    data = plain_data(*(torch.randn(50, 1) for _ in range(3)), torch.randn(50))
+    start = Dynamics(1, 1)
     models, before = [copy.deepcopy(start) for _ in range(4)], torch.get_rng_state()
     for i, (model, seed) in enumerate(zip(models, (5, 5, 6))):
         morel.fit(model, data, Args(dynamics_epochs=2, seed=seed), no_run(tmp_path / str(i)))
@@ -215,20 +213,16 @@ def test_imagine_equals_a_loop(monkeypatch):
 
     worst = -max(abs(r) for r in data.reward.tolist()) / 0.1
     starts, picks = whole  # one network for a whole rollout
-    alive, expected, kinds = (
-        [(data.obs[i].tolist(), int(m)) for i, m in zip(starts, picks)],
-        [],
-        set(),
-    )
+    alive = [(data.obs[i].tolist(), int(m)) for i, m in zip(starts, picks)]
+    expected = []
+    kinds = set()
     for step in range(3):
         still = []
         for b, (obs, m) in enumerate(alive):
             action, _ = slow_sample(actor, torch.tensor(obs), normal[step][b], -20.0)
             said = [slow_dynamics(dynamics, i, obs + action) for i in range(4)]
-            unknown, next_obs = (
-                slow_disc(said) > 5.0 + 2 * 1.0,
-                [obs[i] + said[m][i] for i in range(3)],
-            )
+            unknown = slow_disc(said) > 5.0 + 2 * 1.0
+            next_obs = [obs[i] + said[m][i] for i in range(3)]
             fell = next_obs[1] > 2.5
             expected.append(
                 obs + action + next_obs + [worst if unknown else said[m][3], float(unknown or fell)]

@@ -65,11 +65,9 @@ def moved(critic, k):
 def test_actions_per_member_equals_a_loop(monkeypatch):
     """(E1): for each member actions with noise of their own, from the same policy, −5 ≤ log σ ≤
     2."""
-    actor, obs, draws = (
-        make(Actor, 3, 2),
-        torch.randn(4, 3),
-        record_draws(monkeypatch, "randn_like"),
-    )
+    actor = make(Actor, 3, 2)
+    obs = torch.randn(4, 3)
+    draws = record_draws(monkeypatch, "randn_like")
     actions = msg.actions_per_member(actor, obs, N)
     assert_close(
         actions,
@@ -94,12 +92,10 @@ def test_independent_targets_equal_a_loop():
 def test_critic_loss_equals_a_loop(weight):
     """(E3), (E4): half the squared error of each member on its own target plus w times its gap,
     summed over members."""
-    critic, batch, y, action = (
-        networks()[1],
-        tiny_batch(),
-        torch.randn(N, 4),
-        2 * torch.rand(N, 4, 2) - 1,
-    )
+    critic = networks()[1]
+    batch = tiny_batch()
+    y = torch.randn(N, 4)
+    action = 2 * torch.rand(N, 4, 2) - 1
     q = [
         [slow_critic(critic, k, batch.obs[b], batch.action[b].tolist()) for b in range(4)]
         for k in range(N)
@@ -125,12 +121,10 @@ def test_critic_loss_equals_a_loop(weight):
 def test_gradient_of_the_critic_loss():
     """Down at the policy's actions and up at the data's: every member's last layer against a finite
     difference."""
-    critic, batch, y, action = (
-        networks()[1],
-        tiny_batch(),
-        torch.randn(N, 4),
-        2 * torch.rand(N, 4, 2) - 1,
-    )
+    critic = networks()[1]
+    batch = tiny_batch()
+    y = torch.randn(N, 4)
+    action = 2 * torch.rand(N, 4, 2) - 1
 
     def loss():
         return msg.critic_loss(critic, batch, y, action, 1.7)[0]

@@ -133,13 +133,11 @@ def test_act_is_the_decoded_action_in_the_environments_units():
 def test_td_target_equals_a_loop():
     """(E3): the target policy's action, without noise; mostly the smaller critic; reward alone at
     the end."""
-    vae, policy, critic, batch, expected = (
-        make(VAE, 3, 2),
-        latent_policy(),
-        make(Critic, 3, 2),
-        tiny_batch(),
-        [],
-    )
+    vae = make(VAE, 3, 2)
+    policy = latent_policy()
+    critic = make(Critic, 3, 2)
+    batch = tiny_batch()
+    expected = []
     y = plas.td_target(vae, policy, critic, batch, Args(gamma=0.9, min_weight=0.6))
     for b in range(4):
         action = slow_action(vae, policy, batch.next_obs[b])
@@ -196,12 +194,10 @@ def test_critic_loss_equals_a_loop():
 
 def test_actor_loss_equals_a_loop():
     """(E5) with its gradient: minus the mean of the first critic alone."""
-    vae, policy, critic, obs = (
-        make(VAE, 3, 2),
-        latent_policy(),
-        make(Critic, 3, 2),
-        torch.randn(4, 3),
-    )
+    vae = make(VAE, 3, 2)
+    policy = latent_policy()
+    critic = make(Critic, 3, 2)
+    obs = torch.randn(4, 3)
     critic.layers[-1].bias.data[0] += 9  # the first is not the smaller one
     loss, q_policy = plas.actor_loss(vae, policy, critic, obs)
     loss.backward()

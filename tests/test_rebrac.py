@@ -134,10 +134,8 @@ def test_actor_loss_equals_a_loop():
 def test_the_target_drops_by_the_penalty():
     """ã′ − a′ = 0.2 in each of 3 dimensions, β₂ = 0.01, γ = 0.99: y is 0.99 · 0.01 · 3 · 0.04 =
     0.001188 lower."""
-    batch, args = (
-        tiny_batch(terminated=(0, 1, 0, 0), action_dim=3),
-        dict(policy_noise=0.0, gamma=0.99),
-    )
+    batch = tiny_batch(terminated=(0, 1, 0, 0), action_dim=3)
+    args = dict(policy_noise=0.0, gamma=0.99)
     ys = [
         rebrac.td_target(
             lambda obs: torch.full((4, 3), 0.5),

@@ -49,11 +49,9 @@ def fix_noise(monkeypatch, noise):
 def test_sample_action_equals_a_loop(monkeypatch):
     """(E1): tanh of a Gaussian, and the change of variables written with 1 − tanh², not with
     softplus."""
-    actor, obs, draws = (
-        make(Actor, 3, 2),
-        torch.randn(4, 3),
-        record_draws(monkeypatch, "randn_like"),
-    )
+    actor = make(Actor, 3, 2)
+    obs = torch.randn(4, 3)
+    draws = record_draws(monkeypatch, "randn_like")
     action, log_prob = sample_action(*actor(obs))
     expected = [slow_sample(actor, obs[b], draws[0][b], -20.0) for b in range(4)]
     assert_close(action, [a for a, _ in expected])
@@ -173,11 +171,9 @@ def test_entropy_coef_loss_equals_a_loop():
 def test_termination_stops_the_bootstrap():
     """Where the task is over, y is the reward whatever s′, γ and α; the entropy after the end
     doesn't count either."""
-    actor, critic, batch = (
-        make(Actor, 3, 2),
-        make(Critic, 3, 2),
-        tiny_batch(terminated=(1, 1, 1, 1)),
-    )
+    actor = make(Actor, 3, 2)
+    critic = make(Critic, 3, 2)
+    batch = tiny_batch(terminated=(1, 1, 1, 1))
     for gamma, alpha in ((0.5, 0.0), (0.99, 3.0)):
         y = sac.soft_td_target(
             actor, critic, torch.tensor(alpha), batch._replace(next_obs=torch.randn(4, 3)), gamma

@@ -97,11 +97,9 @@ def test_actor_loss_equals_a_loop():
 def test_termination_stops_the_bootstrap_and_truncation_does_not():
     """Where the task is over, y is the reward whatever follows; elsewhere (also at a time limit) γ
     and Q count."""
-    actor, critic, batch = (
-        make(Actor, 3, 2),
-        make(Critic, 3, 2),
-        tiny_batch(terminated=(1, 1, 1, 1)),
-    )
+    actor = make(Actor, 3, 2)
+    critic = make(Critic, 3, 2)
+    batch = tiny_batch(terminated=(1, 1, 1, 1))
     for gamma in (0.5, 0.99):
         other_end = batch._replace(next_obs=torch.randn(4, 3))
         assert torch.equal(

@@ -163,12 +163,10 @@ def test_q_changes_by_no_more_than_its_bound(monkeypatch, rate, bound):
 def test_critic_equals_a_loop(monkeypatch):
     """(E2): normed weights, and dropout behind each hidden layer, not of inputs or outputs, for
     each critic and row its own."""
-    critic, obs, action, masks = (
-        converge(make(Critic, 3, 2)),
-        torch.randn(4, 3),
-        torch.randn(4, 2),
-        record_masks(monkeypatch),
-    )
+    critic = converge(make(Critic, 3, 2))
+    obs = torch.randn(4, 3)
+    action = torch.randn(4, 2)
+    masks = record_masks(monkeypatch)
     q = critic(obs, action, 0.4)
     assert [mask.shape for mask in masks] == [(2, 4, 7), (2, 4, 6)] and all(
         len(m.unique()) == 2 for m in masks
@@ -341,13 +339,11 @@ def test_td_target_equals_a_loop(monkeypatch, weighting):
         weighting=weighting,
         beta=0.3,
     )
-    draws, masks, targets, weights, others = (
-        record_draws(monkeypatch, "randn"),
-        record_masks(monkeypatch),
-        [],
-        [],
-        0,
-    )
+    draws = record_draws(monkeypatch, "randn")
+    masks = record_masks(monkeypatch)
+    targets = []
+    weights = []
+    others = 0
     y, weight = uwac.td_target(actor, critic, batch, args)
     for b in range(4):
         values, variances = [], []
@@ -386,12 +382,10 @@ def test_termination_stops_the_bootstrap_and_truncation_does_not():
 def test_critic_loss_equals_a_loop(monkeypatch):
     """(E8): one pass of dropout, weight times error squared, a mean over transitions, a sum over
     critics; with its gradient."""
-    critic, batch, y, weight = (
-        converge(make(Critic, 3, 2)),
-        tiny_batch(),
-        torch.randn(4),
-        torch.rand(4),
-    )
+    critic = converge(make(Critic, 3, 2))
+    batch = tiny_batch()
+    y = torch.randn(4)
+    weight = torch.rand(4)
     masks = record_masks(monkeypatch)
     loss, q_data = uwac.critic_loss(critic, batch, y, weight, 0.4)
     loss.backward()
@@ -505,14 +499,12 @@ def test_without_dropout_it_is_bear(monkeypatch, warm_up, weighting):
 
     plain = type("Plain", (bear.EnsembleLinear,), dict(follow=lambda self: None, forward=forward))
     monkeypatch.setattr(uwac, "SpectralLinear", plain)
-    data, shared = (
-        tiny_data(),
-        dict(batch_size=4, num_samples=3, gamma=0.9, bandwidth=2.0, max_mmd=0.05, target_rate=0.3),
+    data = tiny_data()
+    shared = dict(
+        batch_size=4, num_samples=3, gamma=0.9, bandwidth=2.0, max_mmd=0.05, target_rate=0.3
     )
-    ours, theirs = (
-        networks(),
-        [make(module, 3, 2) for module in (bear.VAE, bear.Actor, bear.Critic)],
-    )
+    ours = networks()
+    theirs = [make(module, 3, 2) for module in (bear.VAE, bear.Actor, bear.Critic)]
     for mine, other in zip(ours, theirs):
         other.load_state_dict(mine.state_dict())
     theirs.append(ours[3].detach().clone().requires_grad_())
