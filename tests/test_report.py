@@ -1,5 +1,6 @@
-"""report.py: the table of runs under way."""
+"""report.py: runs under way, what counts as present, what has not run; and grid.py's list."""
 import json
+import subprocess
 import sys
 
 import pytest
@@ -103,3 +104,25 @@ def test_core_hours_of_what_has_not_run(monkeypatch):
         ["4", "0.8", "0.2", "0.0 |"],  # three of 3600 / 4 seconds, and one on b
         ["| 3", "0", "0 |"],
     ]
+
+
+def grid(*options):
+    command = [sys.executable, str(ROOT / "results" / "grid.py"), *options]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_the_grid_lists_a_command_for_each_seed():
+    listed = grid("--list", "--part", "1", "--only", "bc", "--seeds", "3-4", "--steps", "70")
+    assert listed.returncode == 0
+    assert listed.stdout.splitlines() == [
+        "python results/grid.py --run bc algorithms/bc.py --steps 70 --eval-every 10000 "
+        f"--env hopper-medium-replay --seed {seed} --threads 1 --out runs"
+        for seed in (3, 4)
+    ]
+
+
+@pytest.mark.parametrize("options", [("--env", "hoper-medium"), ("--seeds", "a"), ("--only", "x")])
+def test_the_grid_refuses_what_fits_no_run(options):
+    refused = grid("--list", *options)
+    assert refused.returncode == 2 and not refused.stdout and "error: " in refused.stderr
+    assert "Traceback" not in refused.stderr
