@@ -33,8 +33,8 @@ Differences from the paper and its official code (aviralkumar2907/CQL, atari/):
 
 Watch: q_policy, the mean of max_a Q, stays below the largest discounted return, where dqn.py's does
 not. gap falls from log A to a clone's cross-entropy. If it stays there while q_data hardly moves,
-or if one action more or less changes Q by a few hundredths only, as on acrobot-replay, then the
-gap outweighs the rewards and Q clones: lower w.
+or if the Q of two actions differs by a few hundredths only, as on acrobot-replay, then the gap
+outweighs the rewards and Q only clones: lower w.
 
 Run:     python algorithms/cql_discrete.py --env cartpole-replay
 Expect:  good policies after 10,000 updates on cartpole-replay, long before dqn.py's; on

@@ -34,8 +34,8 @@ environment's units.
 Differences from the official code (Wenxuan-Zhou/PLAS), which we follow:
   D1 PLAS alone, as by default there (--phi 0), without PLAS+P's perturbation; bcq.py shows one.
   D2 A run with |mean target Q| above 10⁶ continues; the code stops there.
-  D3 The VAE's rate is 1e-3. With the code's 1e-4 and 20,000 steps of stage 1 its fit is not done,
-     and the score on hopper-medium is less than half of that (results/README.md).
+  D3 The VAE's rate is 1e-3. With the code's 1e-4, 20,000 steps of stage 1 led to less than half
+     the score on hopper-medium (results/README.md).
 
 Watch: cloning_error and kl, printed at the end of stage 1. A high cloning_error means that the VAE
 needs more --vae-steps or a larger --vae-lr; no policy can repair it. kl near 0 means that g ignores

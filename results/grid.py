@@ -89,7 +89,7 @@ RATES = {  # how fast Q can grow: the target networks set the pace
     "iql-target-rate-0.02": "iql.py --steps 20000 --actor-lr 1e-3 --critic-lr 1e-3 "
                             "--target-rate 0.02 --eval-every 5000",
 }
-WEIGHTS = {  # of CQL's term, where the values of two actions differ by a few hundredths
+WEIGHTS = {  # of discrete CQL's term, on data where Q hardly depends on the action
     "cql_discrete-weight-0.1": "cql_discrete.py --steps 100000 --cql-weight 0.1",
     "cql_discrete-weight-0.01": "cql_discrete.py --steps 100000 --cql-weight 0.01",
 }

@@ -1660,17 +1660,7 @@ def test_own_data_from_a_numpy_log_to_a_policy_that_needs_torch_alone(tmp_path, 
     """The walk-through: no simulator anywhere. A tank's level is to be held at 0; the valve's log
     was noisy and lazy."""
     rng = np.random.default_rng(0)
-    logs = {
-        key: []
-        for key in (
-            "observations",
-            "actions",
-            "rewards",
-            "terminals",
-            "timeouts",
-            "next_observations",
-        )
-    }
+    logs = {key: [] for key in common.KEYS}
     for _ in range(40):
         level, inflow = rng.normal(size=2)
         for step in range(25):

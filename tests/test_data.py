@@ -393,14 +393,14 @@ def test_medium_is_reached_when_it_lasts(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "results" / "behavior"))
     import choose
 
-    returns = [0.0] * 20 + [5000.0] * 3 + [0.0] * 20 + [1500.0] * 40
+    returns = [0.0] * 20 + [5000.0] * 5 + [0.0] * 40 + [1500.0] * 40
     episodes = [(100 * (i + 1), value) for i, value in enumerate(returns)]
     reached = choose.step_of_medium(episodes, 1000.0)
-    assert reached == 100 * (43 + 14)  # 14 of the last 20 earn 1500: their mean is 1050
+    assert reached == 100 * (65 + 14)  # 14 of the last 20 earn 1500: their mean is 1050
     with pytest.raises(SystemExit):
         choose.step_of_medium(episodes[:60], 1000.0)
     steps = np.arange(1000, 8001, 1000)
-    assert choose.replay_buffer(steps, reached, 2500) == [
+    assert choose.replay_buffer(steps, 5700, 2500) == [
         [None, 2500],
         [2, 500],
         [3, 1000],

@@ -53,17 +53,7 @@ def log(path, discrete: bool) -> None:
     """200 episodes as a file of plain arrays."""
     rng = np.random.default_rng(0)
     env = gym.make("DiscreteSteering-v0" if discrete else "Steering-v0")
-    rows = {
-        key: []
-        for key in (
-            "observations",
-            "actions",
-            "rewards",
-            "terminals",
-            "timeouts",
-            "next_observations",
-        )
-    }
+    rows = {key: [] for key in common.KEYS}
     for episode in range(200):
         obs, _ = env.reset(seed=episode)
         truncated = False
