@@ -45,7 +45,8 @@ data's mean reward; only if evaluations do not rise either does the penalty outw
 
 Run:     python algorithms/mopo.py --env hopper-medium
 Expect:  after a tenth of the default's updates, in a model of 10 to 30 epochs: below a clone on
-         hopper-medium, far above it on halfcheetah-medium-replay. More: results/README.md.
+         hopper-medium, far above it on both medium-replay sets that were tried. More:
+         results/README.md.
 """
 import copy
 import math
