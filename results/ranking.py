@@ -2,7 +2,7 @@
 
     for name in bc td3_bc iql sac; do
         python algorithms/$name.py --env hopper-medium --holdout 0.1 --steps 20000 --out runs/judged
-    done                       (and the runs of results/grid.py --part studies, which hold out alike)
+    done                       (and the runs of results/grid.py --part studies, held out alike)
     python algorithms/fqe.py --env hopper-medium --holdout 0.1 --steps 40000 --eval-every 2000 \\
         --policies runs/judged runs/awac-beta-* runs/plas-vae-* runs/bear-* runs/morel-horizon-*
     python results/ranking.py runs/fqe/hopper-medium/seed0/result.json
