@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 EPISODES = 10
 SEED = 4 * 10**9  # of the episodes, apart from those of training's evaluations
-COLUMNS = 4  # of the picture; eight panels at most
+COLUMNS = 3  # of the picture
 
 
 class Ready(Exception):
@@ -117,7 +117,7 @@ def draw(results: list[dict]) -> None:
     """A panel for each run, sorted by what its last Q promises over what is earned."""
     results = sorted(results, key=lambda one: -one["points"][-1][1] / one["points"][-1][2])
     rows = -(-len(results) // COLUMNS)
-    figure, axes = plt.subplots(rows, COLUMNS, figsize=(12, 3.2 * rows), squeeze=False)
+    figure, axes = plt.subplots(rows, COLUMNS, figsize=(12, 2.9 * rows), squeeze=False)
     for one, axis in zip(results, axes.flat):
         steps, promised, earned = np.array(one["points"]).T
         axis.plot(steps / 1000, promised, color=style.ESTIMATE)
