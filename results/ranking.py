@@ -4,7 +4,8 @@
         python algorithms/$name.py --env hopper-medium --holdout 0.1 --steps 20000 --out runs/judged
     done                       (and the runs of results/grid.py --part studies, held out alike)
     python algorithms/fqe.py --env hopper-medium --holdout 0.1 --steps 40000 --eval-every 2000 \\
-        --policies runs/judged runs/awac-beta-* runs/plas-vae-* runs/bear-* runs/morel-horizon-*
+        --policies runs/judged runs/awac-beta-2 runs/awac-beta-10 runs/plas-vae-* \\
+        runs/bear-* runs/morel-horizon-*
     python results/ranking.py runs/fqe/hopper-medium/seed0/result.json
 
 Training and judging see different episodes. Left: a point for each policy, with its mean return and

@@ -210,7 +210,8 @@ def headline(results: dict) -> list[str]:
     runs_of = {name: runs for name, runs in results[env].items() if all(map(is_current, runs))}
     order = sorted(runs_of, key=lambda name: np.mean([run["score"] for run in runs_of[name]]))
     best = [name for name in order if name != "bc"][-3:]
-    scores = [f"{name} {mean_and_std(runs_of[name])}" for name in best]
+    scores = [f"{name} {mean_and_std(runs_of[name])}"
+              + (" (one seed)" if len(runs_of[name]) == 1 else "") for name in best]
     data = score_of_data(runs_of["bc"][0])
     return [f"{env}: the data score {data:.1f}, a clone of them {mean_and_std(runs_of['bc'])}, "
             f"{', '.join(scores)}."]

@@ -11,27 +11,30 @@ import overestimation
 
 
 class Constant(torch.nn.Module):
-    """Always pushes with 1, half of what the pendulum takes."""
-    action_mid, action_half = torch.zeros(1), torch.tensor([2.0])
+    """Always pushes with 1; knows standardised observations and scaled actions."""
+    action_mid, action_half = torch.tensor([0.5]), torch.tensor([2.0])
+    obs_mean, obs_std = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([1.0, 2.0, 4.0])
 
     def act(self, obs):
         return torch.ones(len(obs), 1)
 
 
 def test_promise_and_earnings(monkeypatch):
-    """The promise is the mean over the critics, of the scaled action, in the reward's own unit; the
+    """The promise is the mean over the critics, of what it knows, in the reward's own unit; the
     rest is discounted."""
     monkeypatch.setattr(overestimation, "EPISODES", 2)
     spec = gym.make("Pendulum-v1").spec.to_json()
-    # (K, B); the scaled action is 1/2
-    critic = lambda obs, action: torch.stack([4 * action[:, 0], 8 * action[:, 0]])
+    # (K, B); the scaled action is 1/4
+    critic = lambda obs, action: torch.stack([4 * action[:, 0], 8 * action[:, 0] + obs.sum(dim=1)])
     promised, earned = overestimation.compare(
         {"actor": Constant(), "critic": critic}, 3.0, 0.5, spec
     )
-    want = 0.0
+    want_promise = want = 0.0
     for i in range(2):
         env = gym.make("Pendulum-v1")
-        env.reset(seed=overestimation.SEED + i)
+        obs, _ = env.reset(seed=overestimation.SEED + i)
+        standardised = (obs - [0.1, 0.2, 0.3]) / [1.0, 2.0, 4.0]
+        want_promise += 3.0 * (4 * 0.25 + 8 * 0.25 + standardised.sum()) / 4
         want += sum(0.5**step * env.step([1.0])[1] for step in range(200)) / 2
-    assert promised == pytest.approx(9.0)
+    assert promised == pytest.approx(want_promise, abs=1e-5)
     assert earned == pytest.approx(want, abs=1e-5)
