@@ -88,6 +88,13 @@ RATES = {  # how fast Q can grow: the target networks set the pace
                              "--eval-every 5000",
     "iql-target-rate-0.02": "iql.py --steps 20000 --actor-lr 1e-3 --critic-lr 1e-3 "
                             "--target-rate 0.02 --eval-every 5000",
+    "rebrac-target-rate-0.02": "rebrac.py --steps 20000 --target-rate 0.02 --eval-every 5000",
+    "bcq-target-rate-0.02": "bcq.py --steps 24000 --target-rate 0.02 --eval-every 4000",
+    "bear-target-rate-0.02": "bear.py --steps 20000 --warm-up-steps 4000 --target-rate 0.02 "
+                             "--eval-every 4000",
+    "edac-target-rate-0.02": "edac.py --steps 20000 --num-critics 10 --target-rate 0.02 "
+                             "--eval-every 4000",
+    "cql-target-rate-0.02": "cql.py --steps 20000 --target-rate 0.02 --eval-every 4000",
 }
 WEIGHTS = {  # of discrete CQL's term, on data where Q hardly depends on the action
     "cql_discrete-weight-0.1": "cql_discrete.py --steps 100000 --cql-weight 0.1",
