@@ -269,10 +269,16 @@ def result_table(results: dict, published: dict) -> list[str]:
             speed = np.mean([run["updates_per_second"] for run in runs])
             build = "current" if all(map(is_current, runs)) else "earlier"
             lines.append(
-                f"| {env} | {algorithm} | {runs[0]['steps']:,} | {len(runs)} | {mean_and_std(runs)}"
+                f"| {env} | {algorithm} | {updates_of(runs)} | {len(runs)} | {mean_and_std(runs)}"
                 f" | {score_of_data(runs[0]):.1f} | {published.get(env, {}).get(algorithm, '–')}"
                 f" | {speed:.0f} | {build} | {other_settings(runs[0])} |")
     return lines
+
+
+def updates_of(runs: list[dict], unit: int = 1) -> str:
+    """The updates of the runs in units, as 100,000, or 60,000–100,000 where they differ."""
+    lengths = sorted({run["steps"] // unit for run in runs})
+    return "–".join(f"{length:,}" for length in (lengths[0], lengths[-1])[:len(lengths)])
 
 
 def missing_table(results: dict) -> list[str]:
@@ -348,7 +354,8 @@ def figures() -> None:
 
 def draw_scores(env: str, runs_of: dict) -> None:
     """figures/scores-<dataset>.png: a dot for each algorithm and seed, hollow for runs on earlier
-    data; lines for the data and a clone. Narrow, so that a phone shows it legibly."""
+    data; beside the name thousands of updates; lines for the data and a clone. Narrow, so that a
+    phone shows it legibly."""
     order = sorted(runs_of, key=lambda name: np.mean([run["score"] for run in runs_of[name]]))
     figure, axis = plt.subplots(figsize=(6, 1.3 + 0.29 * len(order)))
     for row, name in enumerate(order):
@@ -364,7 +371,8 @@ def draw_scores(env: str, runs_of: dict) -> None:
         for (score, text, color), side in zip(lines, sides):
             axis.axvline(score, color=color, linestyle="--")
             axis.text(score, len(order) - 0.3, text, color=color, ha=side)
-    axis.set_yticks(range(len(order)), order)
+    labels = [f"{name}, {updates_of(runs_of[name], 1000)}k" for name in order]
+    axis.set_yticks(range(len(order)), labels)
     axis.set(title=env, xlabel="score of the final policy, 100 episodes",
              ylim=(-0.8, len(order) + 0.5))
     axis.set_xlim(left=min(axis.get_xlim()[0], -12))  # room for a word left of the data's line
