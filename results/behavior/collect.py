@@ -155,11 +155,11 @@ def collect(body: str, level: str, total: int) -> list[EpisodeBuffer]:
     workers = min(os.cpu_count() or 1, len(jobs))
     pools = multiprocessing.get_context("spawn")
     with (pools.Pool(workers, follow, (os.getpid(),)) as pool,
-          tqdm(total=total, desc=f"building {body}-{level}", unit=" steps",
-               unit_scale=True) as bar):
-        for owner, episodes in zip(owners, pool.imap(play, jobs)):
+          tqdm(total=sum(asked for _, _, asked, _ in jobs), desc=f"building {body}-{level}",
+               unit=" steps", unit_scale=True) as bar):
+        for owner, (_, _, asked, _), episodes in zip(owners, jobs, pool.imap(play, jobs)):
             played[owner] += episodes
-            bar.update(sum(len(episode.rewards) for episode in episodes))
+            bar.update(asked)  # not what it played: whole episodes go over it
     kept, count, due = [], 0, 0.0
     for episodes, (_, quota) in zip(played, quotas):
         due += quota
