@@ -8,11 +8,11 @@ Notes: references, Nachum & Dai, "Reinforcement Learning via Fenchel-Rockafellar
 RL maximises a mean over d^π, what π would visit; offline there are samples of d^D only. So penalise
 their difference: max_π E_{d^π}[r] − λ E_D[(d^π/d^D)^q]/q. By Fenchel duality this is max_π min_Q of
 means over D and over first observations alone: (E4) up to a factor, with 1/p + 1/q = 1 and
-w = λ^{p−1}. At the minimum f′(e) = w d^π/d^D: the residual of Q is the importance weight, and the
-gradient of π is the on-policy one, although no ratio of densities has been estimated.
+w = λ^{p−1}. At the minimum f′(e) = w d^π/d^D: f′ of Q's residual is the importance weight, up to w,
+and the gradient of π is the on-policy one, although no ratio of densities has been estimated.
 
   (E1) ã = tanh(u), u = μ(s) + σ(s)·ε,
-       log π(ã|s) = Σ_i [ log N(u_i; μ_i, σ_i) − 2(log 2 − u_i − softplus(−2u_i)) ]
+       log π(ã|s) = Σ_i [ log N(u_i; μ_i, σ_i²) − 2(log 2 − u_i − softplus(−2u_i)) ]
   (E2) Q̃_k(s, a) = κ Q_k(s, a) + (1 − κ) min_j Q̄_j(s, a)
   (E3) e_k = r + γ (1 − d) ( Q̃_k(s′, ã′) − α log π(ã′|s′) ) − Q_k(s, a),  ã′ ~ π(·|s′)
   (E4) L_Q = Σ_k ( E_D[f(e_k)] + w (1 − γ) E[Q_k(s₀, ã₀)] ),  f(x) = |x|^p / p,
@@ -35,7 +35,8 @@ bootstraps. Observations are raw, actions lie in [-1, 1].
 
 Differences from the authors' code (google-research/algae_dice):
   D1 It learns online, and takes s₀ from resets; ours takes it from the data's episodes.
-  D2 PyTorch's default initialisation in place of orthogonal matrices.
+  D2 PyTorch's default initialisation in place of orthogonal matrices; its Adam, which adds ε after
+     the bias correction, Keras's before.
   D3 γ < 1 only; the code has another (E4) for γ = 1.
 D4RL's "aDICE" runs this code with `terminals` where 1 − d belongs: it bootstraps only where an
 episode is over. Its scores near 0 measure that, and not the algorithm.

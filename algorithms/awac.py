@@ -37,8 +37,9 @@ Differences from the official code (rail-berkeley/rlkit, awac_trainer.py):
      trainer's default, jaxrl and d3rlpy have 1, the official hand script 0.5. CORL's "AWAC" is
      another algorithm: min(exp(Â/β), 100), β = ⅓.
 
-Watch: effective_share stays above 0.1. Near 1/B one action gets all the weight, the policy leaves
-the data, and q_data rises beyond every discounted return of the data: raise --beta.
+Watch: q_data levels off below the data's largest discounted return. If it rises beyond that, the
+policy has left the data: raise --beta. effective_share need not warn of it: with β = 2 it was 0.3
+to 0.9 when that happened. Near 1/B one action gets all the weight.
 
 Run:     python algorithms/awac.py --env hopper-medium
 Expect:  above a clone on hopper-medium, far above it on hopper-medium-replay, with evaluations that

@@ -6,9 +6,9 @@ Notes: Policy Constraints (软约束), in their references, and a column of thei
 column says little about the method: D4RL ran it on 50,000 rows of each dataset, see D1.
 
 AWR has no Q. The value of an action is the TD(λ) return that followed it: λ = 1 is the episode's
-own return, smaller λ uses V's prediction more. The weight is exponential in the advantage,
-standardised over all of the data. Two regressions alternate, V on returns and π on actions; before
-each, the returns or weights of all rows are computed anew.
+own return (and V where it was cut off), smaller λ uses V's prediction more. The weight is
+exponential in the advantage, standardised over all of the data. Two regressions alternate, V on
+returns and π on actions; before each, the returns or weights of all rows are computed anew.
 
 One of four siblings that clone the data's actions a, each with a weight w (ã are actions of π):
         advantage Â               unit of Â            weight w            cap  critic
@@ -31,7 +31,7 @@ episode bootstraps. Observations have mean 0 and standard deviation 1 over the d
 [-1, 1]; the actor converts from and to raw units.
 
 Differences from the paper and its official code (xbpeng/awr), which learns online from a buffer of
-its last 50,000 transitions. Of the code, (E4)'s standardisation: the paper has a fixed β on raw Â.
+its last 50,000 transitions. (E4)'s standardisation is the code's; the paper has a fixed β, raw Â.
   D1 The whole dataset takes that buffer's place; D4RL loaded its data into the buffer.
   D2 Observations are divided by std + 10⁻³, as in td3_bc.py; officially by max(std, 0.01).
   D3 Batches are drawn with replacement; officially from a shuffled list.
@@ -42,7 +42,7 @@ Watch: effective_share stays between 0.2 and 0.5, as (E4) fixes the spread of th
 that a few large advantages get most of the weight: raise --beta. At 1 all advantages are equal.
 
 Run:     python algorithms/awr.py --env hopper-medium
-Expect:  clearly above a clone on hopper-medium after 1M fast updates, a little on mixed data, with
+Expect:  above a clone on hopper-medium and on its replay buffer after 1M fast updates, with
          evaluations that swing. Scores and curves: results/README.md.
 """
 import math
@@ -84,7 +84,7 @@ class Args:
     # AWR
     value_steps: int = 200  # updates of V per round; D4RL's runs had 500 [C awr_configs.py]
     actor_steps: int = 1_000  # updates of π per round [C awr_configs.py]
-    td_lambda: float = 0.95  # λ in (E1): 0 uses V after one step, 1 never [C awr_configs.py]
+    td_lambda: float = 0.95  # λ in (E1): 0 uses V after one step, 1 at cuts only [C awr_configs.py]
     beta: float = 1.0  # β in (E4), larger clones more [C awr_configs.py]
     max_weight: float = 20.0  # w_max in (E4) [C awr_configs.py]
     bound_weight: float = 10.0  # b in (E6) [C awr_agent.py]

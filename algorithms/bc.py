@@ -34,10 +34,10 @@ number of actions, the clone does not look at the observation.
 Run:     python algorithms/bc.py --env hopper-medium
          python algorithms/bc.py --env hopper-medium-replay --top-fraction 0.1
          python algorithms/bc.py --env cartpole-replay
-Expect:  near the data's own score, but below it where policies that disagree are averaged, as on
-         halfcheetah-medium-replay; every other method has to beat it, and 10%-BC is harder to beat.
-         With discrete actions argmax leaves out rare ones, such as an explorer's, and the clone can
-         be far above its data. Scores and curves: results/README.md.
+Expect:  near the data's own score or above it, but below it where policies that disagree are
+         averaged, as on halfcheetah-medium-replay; every other method has to beat it, and 10%-BC is
+         harder to beat. With discrete actions argmax leaves out rare ones, such as an explorer's,
+         and the clone can be far above its data. Scores and curves: results/README.md.
 """
 import sys
 from dataclasses import dataclass

@@ -4,7 +4,7 @@ Fujimoto, Meger & Precup, "Off-Policy Deep Reinforcement Learning without Explor
 arXiv 1812.02900.
 Notes: Policy Constraints (软约束) › BCQ. They print the rule for tables: a maximum over the actions
 that the data hold for s′. With continuous states no s′ comes twice, so a generative model stands
-in. With a perfect model and without ξ, (E4) is the notes' rule.
+in. With a perfect model, enough actions, one critic and without ξ, (E4) is the notes' rule.
 
 Q is only right near the data, so a maximum of Q over all actions would pick its errors. BCQ takes
 the maximum over a few actions that are likely under the data: a conditional VAE proposes them, and

@@ -101,7 +101,7 @@ class Args:
     num_samples: int = 10  # N in (E2), actions per next observation [C bear.py]
     min_weight: float = 0.75  # λ in (E2): 1 is the minimum of the critics, ½ their mean [C bear.py]
     num_mmd_samples: int = 4  # actions of the policy, and of the VAE, in (E3) [C bear.py]
-    kernel: Literal["gaussian", "laplacian"] = "gaussian"  # k in (E3) [C bear_hdf5_d4rl.py]
+    kernel: Literal["gaussian", "laplacian"] = "gaussian"  # κ in (E3) [C bear_hdf5_d4rl.py]
     bandwidth: float = 50.0  # h in (E3), not squared [C bear_hdf5_d4rl.py]
     max_mmd: float = 0.05  # ε in (E4), (E5) [C bear_hdf5_d4rl.py]
     warm_up_steps: int = 40_000  # first updates, with (E4) without Q [C bear.py]
@@ -254,7 +254,7 @@ def td_target(actor: Actor, critic_target: Critic, batch: Batch, args: Args) -> 
 
 
 def mean_kernel(u: Tensor, v: Tensor, kernel: str, bandwidth: float) -> Tensor:
-    """k of all pairs, averaged: (B, N, A), (B, M, A) -> (B,). Within one set i = j counts too."""
+    """κ of all pairs, averaged: (B, N, A), (B, M, A) -> (B,). Within one set i = j counts too."""
     difference = u.unsqueeze(2) - v.unsqueeze(1)  # (B, N, M, A)
     if kernel == "gaussian":
         distance = difference.pow(2).sum(dim=-1)

@@ -19,7 +19,7 @@ preferred; it costs return where the data hold better actions.
   BRAC    Gaussian clone, trained first        KL from it, in the policy's loss (-v: target too)
 
   (E1) ã = tanh(u), u = μ(s) + σ(s)·ε,
-       log π(ã|s) = Σ_i [ log N(u_i; μ_i, σ_i) − 2(log 2 − u_i − softplus(−2u_i)) ]
+       log π(ã|s) = Σ_i [ log N(u_i; μ_i, σ_i²) − 2(log 2 − u_i − softplus(−2u_i)) ]
   (E2) L_b = E_D[ −log b(clip(a)|s) + α log b(ã|s) ],  ã ~ b(·|s);  clip to ±(1 − 0.001)
   (E3) L_α = E_D[ −α (log b(ã|s) + H̄) ],  α ≥ 0,  H̄ = −dim(A)
   (E4) D(s) = (1/N) Σ_i [ log π(a_i|s) − log b(clip(a_i)|s) ],  a_1 … a_N ~ π(·|s)
@@ -41,9 +41,9 @@ the value penalty on. Differences, D1 from D4RL's code, the rest from both:
   D5 Q enters (E7) one update earlier than in the code, whose count of steps starts at 0.
   D6 Adam's ε is 10⁻⁸; Keras's is 10⁻⁷, and is added before the bias correction.
 
-Watch: divergence falls to about 1 and stays there. If it rises with q_data, the policy is leaving
-b: raise --divergence-weight. At the end of the cloning behavior_entropy should be above −dim(A): a
-narrower b makes every other action expensive.
+Watch: divergence falls to about 1 or below and stays there. If it rises with q_data, the policy is
+leaving b: raise --divergence-weight. At the end of the cloning behavior_entropy should be above
+−dim(A): a narrower b makes every other action expensive.
 
 Run:     python algorithms/brac.py --env hopper-medium     (BRAC-v: --value-penalty)
 Expect:  the score often falls when Q enters, and may rise again later. See results/README.md.
@@ -288,8 +288,9 @@ def fit_first(what: str, one_update: Callable, count: Tensor, steps: int, run: R
     """The fit before step 1. It starts at update `count`, which is above 0 in a resumed run."""
     run.unsaved = True  # Ctrl-C waits until it is saved
     pause = 0.2 if sys.stderr.isatty() else 30  # seconds between two states of the bar
-    rounds = range(int(count), steps)
-    for _ in tqdm(rounds, desc=what, unit=" updates", leave=False, mininterval=pause):
+    bar = tqdm(range(int(count), steps), desc=what, unit=" updates", leave=False,
+               mininterval=pause)
+    for _ in bar:
         metrics = one_update()
         count += 1
         if run.stop:
@@ -300,6 +301,7 @@ def fit_first(what: str, one_update: Callable, count: Tensor, steps: int, run: R
             run.close()
             fail(f"{name} of the {what} is {value} by update {int(count):,}")
     tqdm.write(f"{what}: " + " ".join(f"{name} {value:.3g}" for name, value in values.items()))
+    run.since += bar.format_dict["elapsed"]  # the fit's time does not count in updates per second
     run.save(0)
     if run.stop:
         run.close()

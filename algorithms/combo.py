@@ -5,8 +5,8 @@ Optimization", NeurIPS 2021, arXiv 2102.08363.
 Notes: Value Function Regularization › COMBO. (75.5 in their table is of walker2d-medium.)
 
 MOPO relies on the model's estimate of its own error, which is often poor. COMBO takes imagined
-steps as they are, and lowers Q there by CQL's term. At the same weight it is less pessimistic than
-CQL: at pairs (s, a) both real and imagined the two parts of the term cancel.
+steps as they are, and lowers Q by CQL's term where the policy goes in the model; CQL does so at the
+data's states. Where both meet, the two parts of the term cancel.
 
   siblings  learned              penalty                           acts on
   mopo.py   7 Gaussian networks  λ · largest standard deviation    reward of an imagined step
@@ -28,11 +28,12 @@ CQL: at pairs (s, a) both real and imagined the two parts of the term cancel.
   (E11) L_α = E[ −log α · (log π(ã|s) + H̄) ],  H̄ = −dim(A)
   (E12) Q̄ ← Q̄ + rate · (Q − Q̄)
 
-The notes' μ can be π or uniform (--rollout-policy). Uniform actions spread both terms of (E9) over
-all actions, and put less weight on what the policy would do.
+The notes' μ can be π or uniform (--rollout-policy); uniform actions put less weight on what the
+policy does.
 
 Shapes: B batch, S observation, A action, M = 7 networks of the model, K = 2 critics. The model's
-y is [s′ − s, r]. d is terminated: a truncated episode bootstraps.
+y is [s′ − s, r]. d is terminated: a truncated episode bootstraps. f_m is a network's prediction,
+m(s) the policy's mean.
 
 Differences: there is no official code; gaps are filled from OfflineRL-Kit [C], but
   D1 (E8) sums over all 3N actions; there a reshape without effect leaves N sums over 3.
@@ -41,7 +42,7 @@ Differences: there is no official code; gaps are filled from OfflineRL-Kit [C], 
   D4 Falls are Gymnasium's; dynamics_epochs is a limit. No ½ in (E9) [C].
 
 Watch: q_policy. Where it runs away above q_data, the policy exploits the model: raise --beta.
-Where it falls without end, lower --beta.
+If it falls without end, lower --beta.
 
 Run:     python algorithms/combo.py --env hopper-medium
 Expect:  a slow start. Scores: results/README.md.
@@ -103,7 +104,7 @@ class Args:
     horizon: int = 5  # steps of a rollout; see TUNED [C]
     retain: int = 5  # rollouts that the pool has room for [C]
     real_share: float = 0.5  # f in (E9), of a batch, rounded down [C]
-    beta: float = 0.5  # β in (E9); see TUNED [C]
+    beta: float = 0.5  # β in (E9); see TUNED; else [C] has 5
     num_samples: int = 10  # N in (E8) [C]
 
 

@@ -47,9 +47,9 @@ Watch: q_policy stays below the data's discounted returns. If it grows without b
 q_data sinks far below them, lower w; plain lowers Q by w / 2 in every backup by its nature.
 
 Run:     python algorithms/cql.py --env hopper-medium --form logsumexp
-Expect:  about a clone's score on hopper-medium after 20,000 updates; above it on its replay buffer
-         after 30,000, and rising. Published scores are of 1M. Slow, as an update values 30 actions
-         per observation. Scores and curves: results/README.md.
+Expect:  about the data's score on hopper-medium after 20,000 updates; above a clone's on its replay
+         buffer after 30,000, and rising. Published scores are of 1M. Slow, as an update values 30
+         actions per observation. Scores and curves: results/README.md.
 """
 import copy
 import math

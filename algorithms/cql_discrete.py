@@ -3,7 +3,7 @@
 Kumar, Zhou, Tucker & Levine, "Conservative Q-Learning for Offline Reinforcement Learning",
 NeurIPS 2020, arXiv 2006.04779.
 Notes: Value Function Regularization › CQL, "CQL in practice", whose Σ_a stands here as printed.
-(The mean over the data's actions is under π̂_β there; the notes print π̂_θ.)
+(In the paper the mean over the data's actions is under π̂_β; the notes print π̂_θ.)
 
 DQN fails offline because its maximum selects actions whose Q is too large, and the data lack them.
 CQL pushes the soft maximum of Q over actions down and the Q of the data's actions up: an action
@@ -28,7 +28,7 @@ rewards are clipped to ±1.
 Differences from the paper and its official code (aviralkumar2907/CQL, atari/):
   D1 The official code is QR-DQN: Q is the mean of 200 quantiles, and ℓ_TD their quantile Huber
      loss. Here Q is one number, as in the notes, so that dqn.py differs in (E3) alone.
-  D2 Networks and settings are dqn.py's, so that both compare; see its D1 to D4.
+  D2 Networks and settings are dqn.py's, so that both compare; see its D1 to D5.
   D3 w = 1, which the official code has for 10% of Atari's data; it has 4 for 1%.
 
 Watch: q_policy, the mean of max_a Q, stays below the largest discounted return, where dqn.py's does
@@ -77,7 +77,7 @@ class Args:
     gamma: float = 0.99  # discount γ [C fixed_replay/configs]
     target_every: int = 2_000  # updates between (E5) [C fixed_replay/configs] [D2]
     # CQL
-    cql_weight: float = 1.0  # w in (E4), 0 is DQN [C atari/README] [D3]
+    cql_weight: float = 1.0  # w in (E4), 0 is DQN [C README] [D3]
 
 
 HIDDEN = (120, 84)  # widths for vectors [C CleanRL dqn.py]

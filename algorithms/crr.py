@@ -30,7 +30,8 @@ Differences. The paper's code (deepmind/acme, TensorFlow) has residual blocks, L
 Gaussians, a critic of 21 atoms on [0, 100], and clipped gradients. This file follows acme's later
 JAX version, except for
   D1 its critic's loss, which adds rewards (B,) to Q̄ (B, 1): each Q learns the batch's mean. No ½.
-  D2 A Gaussian around tanh of a mean [d3rlpy]; JAX's tanh of a Gaussian has infinite log π at ±1.
+  D2 A Gaussian around tanh of a mean [d3rlpy], with one σ for all states, as in awac.py; both codes
+     have σ(s). JAX applies tanh to the sample; beyond ±0.999 its log π is that of the whole tail.
   D3 Batches of 256, as in the paper's code; JAX's example has 64.
   D4 It acts with the policy's mean; JAX with the target policy's mode, the paper's code with
      samples drawn by softmax of Q.

@@ -26,14 +26,16 @@ rewards are clipped to ±1.
 Differences from the second paper and its official code (google-research/batch_rl), which has no
 Double DQN:
   D1 Vectors get CleanRL's network for classic control. The code publishes settings with RMSProp for
-     offline DQN and with Adam for the other agents; here DQN has the others' settings, so that
-     rem.py differs in the update alone.
+     offline DQN and with Adam for the other agents; here DQN has those of REM, so that rem.py
+     differs in the update alone.
   D2 The code copies the target every 8000 agent steps, of which each 4th is an update:
      target_every counts 2000 updates.
   D3 TensorFlow 1's Adam adds ε to √v before the bias correction of v, PyTorch after it. So the
-     code's first updates are smaller; after about a thousand updates both are the same.
+     code's first updates are smaller; after a few thousand both are the same.
   D4 The convolutions are unpadded, as in the Nature paper; the code pads. PyTorch's default
      initialisation.
+  D5 100,000 updates, for classic control; the code has 12.5M. All data are in memory, and acting
+     never explores; see D5 and D6 of rem.py.
 
 Watch: q_policy, the mean of max_a Q. It can't rightly exceed the largest discounted return: 100
 where rewards are at most 1 and γ = 0.99. If it does, the maximum has found overestimated actions

@@ -31,7 +31,7 @@ Differences from DOPE's code (google-research/policy_eval):
   D1 The bounds in (E1) include 0. There they are r_min and r_max: where every reward is positive,
      the target at an episode's end would be raised to r_min, as if r_min were paid for ever.
   D2 Rewards are divided by their root mean square; there by their standard deviation, after
-     subtracting the mean where no episode terminates. Ours is defined for a constant reward too.
+     subtracting the mean where no episode terminates. Ours is no tiny number for equal rewards.
   D3 Stochastic policies are judged by their `act`, the mean or mode; DOPE's runs do so too.
   D4 No bootstrap over episodes, no copies with noise on the reward: both are off in DOPE's runs.
   D5 (E2) is in units of C; there in those of Q, 1 / (1 − γ)² as large. Adam's ε is scaled alike.
@@ -43,9 +43,9 @@ stay clear of the bounds: one near scale · r_max / (1 − γ) is of a policy th
 With --holdout 0.1, as in training, policies are judged on episodes that training has not seen.
 
 Run:     python algorithms/fqe.py --env hopper-medium --policies runs/*/hopper-medium/seed0
-Expect:  too large values for policies far from the data, which then lead the ranking; on one
-         policy's data, like hopper-medium, the order of the others is not reliable either.
-         Rankings: results/README.md.
+Expect:  of policies far from the data some come out among the best and others last; on one
+         policy's data, like hopper-medium, the order of the better ones is not reliable either, and
+         it changes with the number of updates. Rankings: results/README.md.
 """
 import copy
 import json
@@ -98,8 +98,8 @@ class Args:
     out: str = "runs"  # folder for results
     # optimisation
     batch_size: int = 256  # transitions per update [C train_eval.py]
-    critic_lr: float = 3e-4  # Adam [C q_fitter.py]
-    weight_decay: float = 1e-5  # in (E3), not multiplied by the learning rate [C q_fitter.py]
+    critic_lr: float = 3e-4  # Adam [C train_eval.py]
+    weight_decay: float = 1e-5  # in (E3), not multiplied by the learning rate [C train_eval.py]
     target_rate: float = 0.005  # share of the new weights in (E4) [C q_fitter.py]
     # FQE
     gamma: float = 0.99  # discount γ, of the estimate too [C train_eval.py]

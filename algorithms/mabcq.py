@@ -15,7 +15,8 @@ that needs them to act well is rare in the data, although they will learn to act
 the data's P(s′|s, a): value deviation makes good s′ likelier, and transition normalisation removes
 the frequencies with which the other agents chose their actions.
 
-  (E1) L_VAE = E_D[ ‖tanh g(s, z) − a‖² / A_i + ½ KL ],  z = μ(s, a) + σ(s, a)·ε
+  (E1) L_VAE = E_D[ ‖tanh g(s, z) − a‖² / A_i + ½ KL ],  z = μ(s, a) + σ(s, a)·ε,
+       KL = 1/L Σ_l [ ½(μ_l² + σ_l² − 1) − log σ_l ]
   (E2) â = tanh g(s, z),  z = clip(ε, −½, ½),  ε ~ N(0, I)
   (E3) ã = clip( â + φ tanh ξ(s, â), −1, 1 )
   (E4) V(s′) = (1 − d) max_n [ λ min_k Q̄_k(s′, ã_n) + (1 − λ) max_k Q̄_k(s′, ã_n) ],
@@ -46,8 +47,8 @@ Watch: weight_std stays below 1. If it grows, few transitions decide a batch: lo
 At 0, as with --no-reweight or one agent, this is independent BCQ. q_policy and kl as in bcq.py.
 
 Run:     python algorithms/mabcq.py --env hopper-medium --agents 3     (baseline: --no-reweight)
-Expect:  close to independent BCQ on these data; games where they differ: tests/test_mabcq.py.
-         Scores and curves: results/README.md.
+Expect:  close to independent BCQ in short runs on two medium-replay sets, one seed each; games
+         where they differ: tests/test_mabcq.py. Scores and curves: results/README.md.
 """
 import copy
 import math

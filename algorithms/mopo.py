@@ -37,7 +37,7 @@ Differences from the paper and the official code (tianheyu927/mopo):
   D3 The model has dynamics_epochs at most; the code waits for (E3) alone, which takes hours.
   D4 A termination's next state is the real one; the code fits the jump into the next episode.
   D5 Hopper's |s′| < 100 holds on both sides; a misplaced parenthesis leaves the code the upper one.
-  D6 Q, π, α, targets one after the other; targets start as copies; no ½ in (E9), as in sac.py.
+  D6 Q, π, α, targets one after the other, and no ½ in (E9): both as in sac.py.
 
 Watch: q_policy. Where it runs away above any return of the data, the policy exploits the model's
 errors: raise --penalty-weight. `reward`, a batch's mean after the penalty, may lie far below the
@@ -80,7 +80,7 @@ class Args:
     # run
     env: str = "hopper-medium"  # suite dataset, Minari id, or path of a .hdf5 or .npz file
     seed: int = 0  # of networks, batches and evaluation episodes
-    steps: int = 1_000_000  # gradient updates [C d4rl/base.py]
+    steps: int = 1_000_000  # gradient updates [C d4rl/base.py, rl_algorithm.py]
     device: str = "auto"  # auto, cpu or cuda
     threads: int = 0  # of the CPU; 0: one for light updates, up to four for heavy ones
     eval_every: int = 5_000  # updates between evaluations, and between checkpoints [=]
@@ -91,19 +91,19 @@ class Args:
     out: str = "runs"  # folder for results
     resume: bool = False  # continue from the last checkpoint
     # optimisation
-    batch_size: int = 256  # transitions per update [C d4rl/base.py]
-    actor_lr: float = 3e-4  # Adam, for π and α [C d4rl/base.py]
-    critic_lr: float = 3e-4  # Adam [C d4rl/base.py]
+    batch_size: int = 256  # transitions per update [C development/base.py]
+    actor_lr: float = 3e-4  # Adam, for π and α [C development/base.py]
+    critic_lr: float = 3e-4  # Adam [C development/base.py]
     gamma: float = 0.99  # discount γ [C d4rl/base.py]
     target_rate: float = 0.005  # share of the new weights in (E12) [C d4rl/base.py]
     # MOPO
     dynamics_epochs: int = 100  # at most, for (E2); (E3) often stops earlier [D3]
-    rollout_every: int = 1_000  # updates between rollouts [C d4rl/base_mopo.py]
+    rollout_every: int = 1_000  # updates between rollouts [C d4rl/base.py]
     rollout_starts: int = 10_000  # states of the data that rollouts start from [D1]
     horizon: int = 5  # steps of a rollout; for single datasets see TUNED [P Table 6]
     penalty_weight: float = 1.0  # λ in (E6); for single datasets see TUNED [P Table 6]
-    retain: int = 5  # rollouts that the pool has room for [C d4rl/base_mopo.py]
-    real_share: float = 0.05  # of a batch, rounded down [P App. G.2][C d4rl/base_mopo.py]
+    retain: int = 5  # rollouts that the pool has room for [C d4rl/base.py]
+    real_share: float = 0.05  # of a batch, rounded down [P App. G.2][C d4rl/base.py]
 
 
 TUNED = {  # for D4RL's v0 data [P Table 6]; the code has λ = 5 for halfcheetah-medium-expert
@@ -120,12 +120,12 @@ TUNED = {  # for D4RL's v0 data [P Table 6]; the code has λ = 5 for halfcheetah
     "walker2d-medium-replay": {"horizon": 1, "penalty_weight": 1.0},
     "walker2d-medium-expert": {"horizon": 1, "penalty_weight": 2.0},
 }
-HIDDEN = (256, 256)  # widths of actor and critics [C d4rl/base.py]
+HIDDEN = (256, 256)  # widths of actor and critics [C development/base.py]
 LOG_STD_MIN, LOG_STD_MAX = -20.0, 2.0  # [C]
 NETWORKS, ELITES = 7, 5  # of the model [P App. G.2][C constructor.py]
 DYNAMICS_HIDDEN = 4 * (200,)  # widths of the model [P App. G.2][C constructor.py]
 WEIGHT_DECAY = (2.5e-5, 5e-5, 7.5e-5, 7.5e-5, 1e-4)  # c_i in (E2), of layer i [C constructor.py]
-DYNAMICS_LR, DYNAMICS_BATCH = 1e-3, 256  # Adam; rows of each network [C bnn.py]
+DYNAMICS_LR, DYNAMICS_BATCH = 1e-3, 256  # Adam; rows of each network [C constructor.py, mopo.py]
 MAX_HOLDOUT, PATIENCE = 1_000, 5  # rows; epochs without (E3) [P App. G.2][C bnn.py]
 
 

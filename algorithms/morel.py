@@ -35,16 +35,16 @@ terminated: a truncated episode bootstraps. Observations are raw, actions lie in
 Differences from the paper and the official code (aravindr93/mjrl, branch v2):
   D1 The planner is SAC (unifloral's is SAC-N); there natural policy gradient after cloning, with
      γ = 0.999. Rollouts are short, from all states of the data; there 400–500 steps from the first
-     ones. Few pairs within 5 steps of the data are unknown, many after 10: the horizon, not the
-     threshold, makes the pessimism weak here.
+     ones. Within 5 steps few pairs are unknown, after 10 many: a short horizon weakens pessimism.
   D2 HALT pays for ever, as the paper defines it; its experiments end a path with one reward, the
      data's least minus 30 to 200, and its code adds 0. No return in the data is below V(HALT).
   D3 An unknown pair itself earns −κ as well [experiments], not r [definition].
   D4 The reward is learned; the paper's is known, which is easier [mjrl issue 42].
-  D5 β is 5 for all; the paper tries steps of 5 in the real environment, the code has a third of the
-     largest disc. One step from the data, the two find equally few unknown pairs.
+  D5 β is 5 for all; the paper chooses among 0, 5, 10, … by playing in the real environment, the
+     code has a third of the largest disc.
   D6 25 epochs at 1e-3 [code]; the paper has 300 to 3000 at 5e-4, and 1024 units for halfcheetah.
-  D7 disc is in the observation's units [paper]; the code multiplies speeds by 0.02.
+  D7 disc is in the observation's units [paper]; the code multiplies speeds by 0.02, and scales what
+     the model sees and predicts by mean absolute deviations, not standard ones.
   D8 Bodies are Gymnasium's; there the centre of mass's speed is observed, hopper's bounds narrower.
   D9 λ in (E7) has no published value: compare disc with the rewards.
 

@@ -43,7 +43,7 @@ z, so that h can change little. That is right for data of one policy, where ther
 encode; data of many policies leave h more to choose from. In stage 2 q_policy stays near q_data.
 
 Run:     python algorithms/plas.py --env hopper-medium
-Expect:  below a clone on one policy's data if the VAE's fit was short, better on many policies'.
+Expect:  below a clone on hopper-medium if the VAE's fit was short, above one on its replay buffer.
          Scores and curves: results/README.md.
 """
 import copy
@@ -273,8 +273,9 @@ def fit_first(what: str, one_update: Callable, count: Tensor, steps: int, run: R
     """The fit before step 1. It starts at update `count`, which is above 0 in a resumed run."""
     run.unsaved = True  # Ctrl-C waits until it is saved
     pause = 0.2 if sys.stderr.isatty() else 30  # seconds between two states of the bar
-    rounds = range(int(count), steps)
-    for _ in tqdm(rounds, desc=what, unit=" updates", leave=False, mininterval=pause):
+    bar = tqdm(range(int(count), steps), desc=what, unit=" updates", leave=False,
+               mininterval=pause)
+    for _ in bar:
         metrics = one_update()
         count += 1
         if run.stop:
@@ -285,6 +286,7 @@ def fit_first(what: str, one_update: Callable, count: Tensor, steps: int, run: R
             run.close()
             fail(f"{name} of the {what} is {value} by update {int(count):,}")
     tqdm.write(f"{what}: " + " ".join(f"{name} {value:.3g}" for name, value in values.items()))
+    run.since += bar.format_dict["elapsed"]  # the fit's time does not count in updates per second
     run.save(0)
     if run.stop:
         run.close()

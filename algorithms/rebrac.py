@@ -17,8 +17,8 @@ hidden layer, layer norm in the critics, large batches, and both weights tuned p
   (E5) L_π = E_D[ β₁ ‖π(s) − a‖² − λ min_k Q_k(s, π(s)) ]
   (E6) π̄ ← π̄ + rate · (π − π̄),  then π moves, then Q̄ ← Q̄ + rate · (Q − Q̄)
 
-Without β₂, and with one critic, (E5) is TD3+BC's with w = 1 / (β₁ A), as squared errors are summed
-over action dimensions here and averaged there.
+Without β₂, and with one critic, (E5) is β₁ A times TD3+BC's loss with w = 1 / (β₁ A): squared
+errors are summed over action dimensions here, and averaged there.
 
 Shapes: B batch, S observation, A action, K = 2 critics. d is terminated: a truncated episode
 bootstraps. Observations are raw, actions lie in [-1, 1]; the actor converts them to the

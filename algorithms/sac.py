@@ -11,7 +11,7 @@ positive, and bootstrapping feeds the error back into Q. This is the distributio
 notes.
 
   (E1) ã = tanh(u),  u = μ(s) + σ(s)·ε,
-       log π(ã|s) = Σ_i [ log N(u_i; μ_i, σ_i) − 2(log 2 − u_i − softplus(−2u_i)) ]
+       log π(ã|s) = Σ_i [ log N(u_i; μ_i, σ_i²) − 2(log 2 − u_i − softplus(−2u_i)) ]
   (E2) y = r + γ (1 − d) ( min_k Q̄_k(s′, ã′) − α log π(ã′|s′) ),  ã′ ~ π(·|s′)
   (E3) L_Q = Σ_k E_D[ (Q_k(s, a) − y)² ]
   (E4) L_π = E_D[ α log π(ã|s) − min_k Q_k(s, ã) ],  ã ~ π(·|s)

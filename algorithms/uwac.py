@@ -46,7 +46,8 @@ nothing is learned (lower --beta, or scale rewards down). ‖W‖₂ = 1 lets Q 
 unit of (s, a), so large returns are fitted slowly. mmd and multiplier: as in bear.py.
 
 Run:     python algorithms/uwac.py --env hopper-medium
-Expect:  slow, and near BEAR, whose ε and kernel differ. Scores and curves: results/README.md.
+Expect:  slow: the committed runs have 5,000 updates, too few to tell it from BEAR, whose ε and
+         kernel differ. Scores and curves: results/README.md.
 """
 import copy
 import math
@@ -92,7 +93,7 @@ class Args:
     num_samples: int = 10  # N in (E5), actions per next observation [C uwac_dropout.py]
     min_weight: float = 0.75  # λ in (E5): 1 is the minimum, ½ the mean [C uwac_dropout.py]
     num_mmd_samples: int = 4  # actions of policy, and of VAE, in (E6) [C uwac_dropout.py]
-    kernel: Literal["gaussian", "laplacian"] = "gaussian"  # k in (E6) [C UWAC_hdf5_d4rl.py]
+    kernel: Literal["gaussian", "laplacian"] = "gaussian"  # κ in (E6) [C UWAC_hdf5_d4rl.py]
     bandwidth: float = 20.0  # h in (E6); 50 for walker2d, says a comment [C UWAC_hdf5_d4rl.py]
     max_mmd: float = 0.07  # ε in (E6), (E7) [C UWAC_hdf5_d4rl.py]
     warm_up_steps: int = 40_000  # first updates, with (E6) without Q [C uwac_dropout.py]
@@ -305,7 +306,7 @@ def td_target(actor: Actor, critic_target: Critic, batch: Batch,
 
 
 def mean_kernel(u: Tensor, v: Tensor, kernel: str, bandwidth: float) -> Tensor:
-    """k of all pairs, averaged: (B, N, A), (B, M, A) -> (B,). Within one set i = j counts too."""
+    """κ of all pairs, averaged: (B, N, A), (B, M, A) -> (B,). Within one set i = j counts too."""
     difference = u.unsqueeze(2) - v.unsqueeze(1)  # (B, N, M, A)
     if kernel == "gaussian":
         distance = difference.pow(2).sum(dim=-1)

@@ -260,6 +260,7 @@ class SilentRun:
     """Stands in for common.Run while a test calls train: keeps the state after each step, writes
     nothing."""
     last = None
+    since = 0.0  # the clock of the updates; a fit before them moves it
 
     def __init__(self, args, data, variant="", gflop=0.0):
         SilentRun.last, self.variant, self.history = self, variant, []

@@ -526,6 +526,7 @@ def test_train_clones_first(monkeypatch, value_penalty):
         == [1]
     )
     assert run.history[1]["cloned"] == 3 and run.history[0]["entropy_coef"] == 1
+    assert run.since > 0, "the clone's time does not count in updates per second"
     for name in ("actor", "critic"):
         assert run.steps_that_moved(name) == [2, 3, 4, 5]
     assert run.steps_that_moved("critic_target") == [3, 4, 5], (

@@ -284,6 +284,7 @@ def test_first_the_vae_then_all_but_the_vae(monkeypatch):
     run = silent_train(monkeypatch, plas, tiny_data(), steps=3, vae_steps=5, batch_size=4)
     parts, history = split(run), run.history  # at the start, after stage 1, and after each update
     assert len(history) == 5 and history[1]["fitted"] == 5
+    assert run.since > 0, "the VAE's time does not count in updates per second"
     assert not torch.equal(parts[0]["vae"], parts[1]["vae"])
     assert all(torch.equal(parts[1]["vae"], part["vae"]) for part in parts[1:])
     assert torch.equal(parts[0]["latent_policy"], parts[1]["latent_policy"])
