@@ -377,7 +377,8 @@ def play(act: Callable, envs: list[gym.Env], first: int, seed: int, device,
 
 # ---- 3. Run record
 
-MAY_CHANGE = (  # settings that may be others when a run resumes: they do not change what it learns
+MAY_CHANGE = (  # settings that may be others when a run resumes: they do not change what it learns,
+    # but for --steps in iql.py, whose learning rate falls to 0 at the last one
     "env", "resume", "out", "device", "threads", "steps", "eval_every", "eval_episodes",
     "final_episodes", "eval_env")
 
@@ -889,8 +890,14 @@ def read_file(path: Path, eval_env: str) -> Source:
         columns["truncated"] = ends & ~columns["terminated"]
     else:
         columns["truncated"] = find_ends(path.name, columns, env)
-    if "next_observations" not in arrays:
+    if "next_observations" in arrays:
+        check_cuts(path.name, columns)
+    else:
         columns = infer_next_obs(columns)
+        left_out = count - len(columns["reward"])
+        if left_out:
+            notice(f"{left_out} of {count} rows of {path.name} are left out, with their rewards, "
+                   "since the observation that followed is not known; next_observations give it")
     action_space = file_action_space(path.name, arrays["actions"], env)
     return Source(columns, obs_space, action_space, env_name, tuple(score_range))
 
@@ -991,7 +998,17 @@ def find_ends(name: str, columns: dict[str, np.ndarray], env: gym.Env | None) ->
                f"next_observations break and at the time limit ({limit or 'none known'})")
     elif not terminated.any():
         notice(f"{name} has no timeouts and no terminals, so all of it counts as one episode")
+    else:
+        notice(f"{name} has no timeouts; only its {terminated.sum()} terminals end an episode")
     return truncated
+
+
+def check_cuts(name: str, columns: dict[str, np.ndarray]) -> None:
+    """Says so where next_obs at every timeout may be what a reset gave, not what followed."""
+    cuts = np.flatnonzero(columns["truncated"][:-1] & ~columns["terminated"][:-1])
+    if len(cuts) and np.array_equal(columns["next_obs"][cuts], columns["obs"][cuts + 1]):
+        notice(f"at every timeout of {name} next_observations are the next row's observations; if "
+               "a reset lies between them, leave next_observations out")
 
 
 def steps_in_episode(ends: np.ndarray) -> np.ndarray:
@@ -1032,6 +1049,9 @@ def file_action_space(name: str, action: np.ndarray, env: gym.Env | None) -> spa
             fail(f"{name} has the action {action.max()}; actions are numbers from 0, and more than "
                  f"{MOST_ACTIONS:,} are hardly meant; number those that occur 0, 1, 2 …")
         return spaces.Discrete(max(1, int(action.max()) + 1))
+    if action.dtype.kind in "biu":
+        notice(f"{name} has whole numbers in {numbers} columns as actions, taken as continuous; "
+               "if they stand for choices, number the combinations 0, 1, 2 …, in one column")
     return spaces.Box(-np.inf, np.inf, (numbers,), np.float32)
 
 
@@ -1110,6 +1130,9 @@ def scale_actions(name: str, action: np.ndarray,
         notice(f"{name} has no finite action bounds; its smallest and largest actions are taken")
         low = np.where(unbounded, action.min(axis=0), low)
         high = np.where(unbounded, action.max(axis=0), high)
+        still = np.flatnonzero(unbounded & (low == high)).tolist()
+        if still:
+            notice(f"{name} never changes its actions {still}; a policy may, by up to 1")
     mid, half = action_units(low, high)
     scaled = (action - mid) / half
     outside = int((np.abs(scaled) > 1.001).any(axis=1).sum())
@@ -1382,8 +1405,8 @@ PRODUCTS = use_fast_products()
 def use_threads(threads: int, gflop: float) -> None:
     """Sets the CPU threads: the user's number (--threads, OMP_NUM_THREADS), else by the work.
 
-    For an update below 1 GFLOP a second thread gains a fifth, and costs more than that beside
-    other work. Above, up to four help.
+    For an update below 1 GFLOP a second thread gains a fifth at best, and on some processors
+    nothing; beside other work it costs more than that. Above, up to four help.
     """
     if threads > 0:
         torch.set_num_threads(threads)

@@ -4,11 +4,12 @@
     python results/grid.py --part 1 --list              one command a line, for xargs or Slurm
     python results/grid.py --only iql --seeds 0-2 --env hopper-medium-replay --steps 100000
 
-A line of the list stands alone: it skips what is finished, resumes what was stopped, and copies the
-finished run's result.json to results/scores/<algorithm>/<env>/seed<k>.json, from which report.py
-makes tables and pictures. Results of many machines are merged by path.
+A line of the list stands alone: it skips what is finished, resumes what was stopped or has fewer
+updates, and copies the finished run's result.json to results/scores/<algorithm>/<env>/seed<k>.json,
+from which report.py makes tables and pictures. Results of many machines are merged by path.
 """
 import argparse
+import json
 import os
 import re
 import shlex
@@ -167,8 +168,12 @@ def run(name: str, command: list[str], history: bool) -> int:
     env, seed = value("--env"), value("--seed")
     algorithm = Path(command[0]).stem if name in ONE_AT_A_TIME else name
     folder = ROOT / value("--out") / algorithm / env / f"seed{seed}"
-    if not (folder / "result.json").exists():
+    result = folder / "result.json"
+    done = json.loads(result.read_text())["steps"] if result.exists() else 0
+    if done < int(value("--steps")):
         resume = ["--resume"] if (folder / "checkpoint.pt").exists() else []
+        if done and algorithm == "iql":
+            resume = []  # its learning rate is 0 at the last step: a longer run begins anew
         child = subprocess.Popen([sys.executable, *command, *resume], cwd=ROOT,
                                  env=os.environ | {"OMP_NUM_THREADS": "1"})
         signal.signal(signal.SIGTERM, lambda *_: child.terminate())  # it saves and leaves

@@ -134,6 +134,8 @@ def main() -> None:
     if options.video and not options.video.parent.is_dir():
         fail(f"--video {options.video}: there is no folder {options.video.parent}")
     labels = options.labels or [str(run) for run in options.runs]
+    if len(labels) != len(options.runs):
+        fail(f"--labels: {len(labels)} names for {len(options.runs)} runs; give one for each")
     ranges = {entry[0]: entry[1:] for entry in SUITE.values()}
     films = []
     for run in options.runs:

@@ -5,7 +5,7 @@
     done                       (and the runs of results/grid.py --part studies, held out alike)
     python algorithms/fqe.py --env hopper-medium --holdout 0.1 --steps 40000 --eval-every 2000 \\
         --policies runs/judged runs/awac-beta-2 runs/awac-beta-10 runs/plas-vae-* \\
-        runs/bear-* runs/morel-horizon-*
+        runs/bear-actor-lr-* runs/bear-mmd-0.12 runs/morel-horizon-*
     python results/ranking.py runs/fqe/hopper-medium/seed0/result.json
 
 Training and judging see different episodes. Left: a point for each policy, with its mean return and

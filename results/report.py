@@ -2,7 +2,7 @@
 
 card      results/behavior/datasets.json and figures/datasets.png, from the built datasets
 tables    the tables of results/README.md, from results/scores/ and published.json
-figures   results/figures/scores- and curves-<dataset>.png, from results/scores/
+figures   results/figures/, from results/scores/ and what overestimation.py and its like measured
 progress  a table of the runs under way in a folder (default: runs): steps, speed, time left
 """
 import importlib
@@ -350,6 +350,8 @@ def figures() -> None:
         best = sorted(runs_of, key=lambda name: -np.mean([run["score"] for run in runs_of[name]]))
         if best:
             draw_curves(env, results[env], best[:MOST_PANELS])
+    for name in ("overestimation", "ranking", "asked", "model_error"):
+        importlib.import_module(name).draw(json.loads((HERE / f"{name}.json").read_text()))
 
 
 def draw_scores(env: str, runs_of: dict) -> None:

@@ -326,6 +326,29 @@ def test_a_share_of_the_episodes_is_held_out(capsys):
         assert "one side empty" in refused(capsys, lambda share=share: load(path, holdout=share))
 
 
+def test_what_a_file_does_not_say_gets_a_note(capsys):
+    """Rows that are lost, ends that are not marked, what may be a reset's observation, numbers for
+    choices, an action that never changes: each would load silently wrong."""
+
+    def noted(**changed) -> str:
+        arrays = {key: array for key, array in (columns() | changed).items() if array is not None}
+        load(save("log.npz", arrays), eval_env="none")
+        return " ".join(notes(capsys))
+
+    assert not any(word in noted() for word in ("left out", "only its", "reset", "never changes"))
+    assert "4 of 40 rows of log.npz are left out" in noted(next_observations=None)
+    one_end = np.arange(40) == 39
+    assert "only its 1 terminals end an episode" in noted(
+        next_observations=None, timeouts=None, terminals=one_end
+    )
+    after = np.roll(columns()["observations"], -1, axis=0)
+    assert "if a reset lies between" in noted(next_observations=after)
+    choices = np.eye(2, dtype=np.int64)[np.arange(40) % 2]
+    assert "whole numbers in 2 columns as actions" in noted(actions=choices)
+    still = np.stack([columns()["actions"][:, 0], np.full(40, 0.5, np.float32)], axis=1)
+    assert "never changes its actions [1]" in noted(actions=still)
+
+
 def test_an_environment_of_ones_own(register, capsys):
     """Row 4: the recorded specification is enough, though this process never registered it; else it
     names the module."""

@@ -47,6 +47,7 @@ def test_what_is_not_there_gets_one_line(tmp_path, monkeypatch, capsys):
         (["--episodes", "0"], "--episodes must be at least 1"),
         (["--most-steps", "0"], "--most-steps must be at least 1"),
         (["--video", "film"], "ends in .gif or .mp4"),
+        (["--labels", "one", "two"], "2 names for 1 runs"),
         (["--video", "nowhere/film.gif"], "there is no folder nowhere"),
     ],
 )

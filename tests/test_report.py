@@ -8,6 +8,7 @@ import torch
 from conftest import ROOT
 
 sys.path.append(str(ROOT / "results"))
+import grid
 import report
 
 
@@ -106,13 +107,13 @@ def test_core_hours_of_what_has_not_run(monkeypatch):
     ]
 
 
-def grid(*options):
+def run_grid(*options):
     command = [sys.executable, str(ROOT / "results" / "grid.py"), *options]
     return subprocess.run(command, capture_output=True, text=True)
 
 
 def test_the_grid_lists_a_command_for_each_seed():
-    listed = grid("--list", "--part", "1", "--only", "bc", "--seeds", "3-4", "--steps", "70")
+    listed = run_grid("--list", "--part", "1", "--only", "bc", "--seeds", "3-4", "--steps", "70")
     assert listed.returncode == 0
     assert listed.stdout.splitlines() == [
         "python results/grid.py --run bc algorithms/bc.py --steps 70 --eval-every 10000 "
@@ -123,6 +124,37 @@ def test_the_grid_lists_a_command_for_each_seed():
 
 @pytest.mark.parametrize("options", [("--env", "hoper-medium"), ("--seeds", "a"), ("--only", "x")])
 def test_the_grid_refuses_what_fits_no_run(options):
-    refused = grid("--list", *options)
+    refused = run_grid("--list", *options)
     assert refused.returncode == 2 and not refused.stdout and "error: " in refused.stderr
     assert "Traceback" not in refused.stderr
+
+
+@pytest.mark.parametrize("name, longer", [("td3_bc", ["--resume"]), ("iql", [])])
+def test_the_grid_runs_what_has_too_few_updates(tmp_path, monkeypatch, name, longer):
+    """A result of fewer updates than asked for is no finished run: the run goes on where it was.
+    IQL's learning rate has ended, so that it begins anew."""
+    asked = []
+
+    class Child:
+        returncode = 0
+
+        def __init__(self, command, **_):
+            steps = command[command.index("--steps") + 1]
+            asked.append(command[1 + command.index(str(steps)):])
+            (folder / "result.json").write_text(json.dumps({"steps": int(steps)}))
+
+        def poll(self):
+            return 0
+
+    monkeypatch.setattr(grid, "ROOT", tmp_path)
+    monkeypatch.setattr(grid.subprocess, "Popen", Child)
+    monkeypatch.setattr(grid.signal, "signal", lambda *_: None)
+    folder = tmp_path / "runs" / name / "d" / "seed0"
+    folder.mkdir(parents=True)
+    (folder / "checkpoint.pt").touch()
+    for steps in ("100", "100", "300"):
+        command = f"algorithms/{name}.py --env d --seed 0 --out runs --steps {steps}".split()
+        assert grid.run(name, command, history=False) == 0
+    assert asked == [["--resume"], longer], "the second has nothing to do"
+    committed = tmp_path / "results" / "scores" / name / "d" / "seed0.json"
+    assert json.loads(committed.read_text())["steps"] == 300

@@ -8,8 +8,8 @@ See: left, a flat bundle of critics above the black hill. Middle, a fan, whose l
 the hill. Right, the spread as a share of the error; a hundred critics (dotted) do no better. (One
 state and two action dimensions. The data are a strip, which is seen here across.)
 Imprecise in the notes: "bootstrap" is neither the cause nor the cure. Members that learn from their
-own resamples agree as much. EDAC is a cure here, where the data leave a slope open; with one action
-dimension it does nothing, and where the data fill a square its minimum stays far too high.
+own resamples agree almost as much. EDAC is a cure here, where the data leave a slope open; with one
+action dimension it does nothing; where the data fill a square its minimum stays far too high.
 Read next: algorithms/edac.py.
 """
 import sys

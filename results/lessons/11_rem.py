@@ -6,8 +6,8 @@ untried actions. A fixed mean does this as well as REM's random weights. What th
 is that the heads grow together.
 先混合多头再取最大值，可以消去大部分乐观估计；固定取均值也能做到，随机权重的作用是把各头拉到一起。
 See: left, red promises twice what orange does, and the dashed mean no more than orange. Middle, the
-mean leaves the heads as different as they were born. Right, more heads help REM, not the ensemble.
-(A corridor in which everything is worth 0. The data know two of eight actions.)
+mean leaves the heads as different as they were born. Right, a hundred heads in place of ten help
+REM, not the ensemble. (A corridor where all is worth 0. The data know two of eight actions.)
 Imprecise in the notes: 直接取多头Q的均值，不够准确, that the mean is not accurate enough, does not
 show. What REM gains over Ensemble-DQN is Jensen's inequality: the maximum of a mean is at most the
 mean of the maxima. Noise in the data remains, as all heads share it. REM is of ICML 2020.

@@ -1,9 +1,9 @@
 """Lesson 1: imitation copies, offline RL stitches.
 
 Notes: Offline RL vs. IL(模仿学习).
-Claim: a clone, or a Decision Transformer asked for a return, does what some episode of the data
-did; a method that learns values joins the good half of one episode to the good half of another.
-模仿只能重复数据中的某一条轨迹；学习价值的方法能把两条轨迹各自好的一半接起来。
+Claim: a Decision Transformer asked for a return does what some episode of the data did, a clone
+averages them; a method that learns values joins the good half of one to the good half of another.
+模仿至多重复数据中的某一条轨迹，或把几条平均掉；学习价值的方法能把两条轨迹各自好的一半接起来。
 See: each path of the data takes one box, IQL takes both. The transformer gets the 2 it is asked
 for, and 2 again when asked for 3. The clone averages two modes and takes no box.
 Imprecise in the notes: they do not say which methods can't stitch; the transformer is one here.

@@ -7,7 +7,7 @@ leave the overestimate as large as it is. Data of the other actions remove it.
 See: a red dot is what a method believes of its own action, a black bar what that is worth. The red
 lines are long under the usual cures, short with fifty critics, gone with data of all actions.
 Imprecise in the notes: Double DQN helps online, against the bias of a noisy maximum. Offline the
-error is a missing answer. The smallest of very many critics does help: lesson 10.
+error is a missing answer. Fifty critics help here; in lesson 10 even a hundred do not.
 Read next: algorithms/dqn.py with --double, algorithms/edac.py.
 """
 import copy
