@@ -23,7 +23,6 @@ RANDOM = "pendulum-random"  # every action everywhere
 WIDTH = 64  # of every hidden layer, but for WIDE
 EAGER = {"gamma": 0.95, "batch_size": 64, "critic_lr": 3e-3, "actor_lr": 3e-3, "target_rate": 0.05}
 CALM = EAGER | {"actor_lr": 1e-3}
-FAST = {"critic_lr": 1e-3, "actor_lr": 1e-3, "target_rate": 0.02}
 IMAGINED = CALM | {"rollout_starts": 2000, "rollout_every": 250}
 # as wide as in the file
 WIDE = ("algae_dice", "bcq", "brac", "combo", "cql", "edac", "mopo", "morel", "dqn", "rem")
@@ -178,21 +177,6 @@ def clone(suite, tmp_path_factory):
                 "constants": {"HIDDEN": (400, 300)},
             },
         ),
-        (
-            "bear",
-            150,
-            CALM
-            | {
-                "steps": 8000,
-                "vae_lr": 1e-3,
-                "warm_up_steps": 300,
-                "num_samples": 3,
-                "bandwidth": 1.0,
-                "max_mmd": 0.4,
-                "multiplier_lr": 1e-2,
-                "constants": {"HIDDEN": (256, 256)},
-            },
-        ),
     ],
 )
 def test_it_beats_mixed_data_and_its_clone(name, margin, settings, clone, tmp_path):
@@ -235,22 +219,36 @@ def test_it_learns_in_a_model(name, margin, settings, tmp_path):
                 "policy_delay": 1,
             },
         ),
+        (
+            "bear",
+            CALM
+            | {
+                "steps": 3000,
+                "vae_lr": 1e-3,
+                "warm_up_steps": 300,
+                "num_samples": 3,
+                "bandwidth": 1.0,
+                "max_mmd": 0.4,
+                "multiplier_lr": 1e-2,
+                "constants": {"HIDDEN": (256, 256)},
+            },
+        ),
     ],
 )
 def test_it_learns_from_random_actions(name, settings, tmp_path):
     """These hold every action everywhere: SAC and AlgaeDICE, without a constraint, need that. IQL's
-    policy can end in spinning at full speed when it has learnt from the mixed data; from these it
-    swings the pendulum up."""
+    and BEAR's policies can end in spinning at full speed when they have learnt from the mixed data;
+    from these they swing the pendulum up."""
     result, data = final_return(name, tmp_path, RANDOM, **settings)
     assert result > data + 300, (result, data)
 
 
 def test_cql_beats_the_data(tmp_path):
-    """pendulum-medium, with smaller batches than the default's, for speed."""
+    """One policy's episodes, which take longer to swing up than they need."""
     result, data = final_return(
-        "cql", tmp_path, "pendulum-medium", steps=2000, num_samples=3, batch_size=64, **FAST
+        "cql", tmp_path, "pendulum-medium", steps=2000, num_samples=3, **CALM
     )
-    assert result > data + 50, (result, data)
+    assert result > data + 100, (result, data)
 
 
 @pytest.mark.parametrize("name, settings", [
