@@ -27,7 +27,8 @@ from tqdm import tqdm
 
 EPISODES = 10
 SEED = 4 * 10**9  # of the episodes, apart from those of training's evaluations
-COLUMNS = 3  # of the picture
+COLUMNS = 4  # of the picture
+MOST_PANELS = 8  # those that promise most
 
 
 class Ready(Exception):
@@ -113,9 +114,15 @@ def judge(folder: Path) -> dict | None:
     return {"name": name, "env": settings["env"], "seed": settings["seed"], "points": points}
 
 
+def last_ratio(one: dict) -> float:
+    """What a run's last Q promises, over what its last policy earns."""
+    _, promised, earned = one["points"][-1]
+    return promised / earned
+
+
 def draw(results: list[dict]) -> None:
-    """A panel for each run, sorted by what its last Q promises over what is earned."""
-    results = sorted(results, key=lambda one: -one["points"][-1][1] / one["points"][-1][2])
+    """Panels of the runs whose last Q promises most over what is earned, the first the most."""
+    results = sorted(results, key=last_ratio, reverse=True)[:MOST_PANELS]
     rows = -(-len(results) // COLUMNS)
     figure, axes = plt.subplots(rows, COLUMNS, figsize=(12, 2.9 * rows), squeeze=False)
     for one, axis in zip(results, axes.flat):
@@ -134,7 +141,7 @@ def draw(results: list[dict]) -> None:
     step, promised, _ = results[-1]["points"][-1]
     earned = max(point[2] for point in results[-1]["points"])
     last = axes.flat[len(results) - 1]  # there Q is lowest, so that both texts find room
-    last.text(step / 1000, 0.7 * promised, "what Q promises", ha="right", va="top",
+    last.text(step / 1000, 0.4 * promised, "what Q promises", ha="right", va="top",
               color=style.ESTIMATE, fontsize=11)
     last.text(step / 1000, 1.03 * earned, "what is earned", ha="right", va="bottom",
               color=style.TRUTH, fontsize=11)

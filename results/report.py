@@ -20,6 +20,7 @@ from common import MAY_CHANGE, NAMES, SUITE, fail, load_dataset
 from style import CLONE, DATA, ESTIMATE, POLICY, plt
 
 import numpy as np
+import overestimation
 from grid import ONE_AT_A_TIME, PARTS, seeds_of
 from minari.storage import get_dataset_path
 
@@ -202,6 +203,7 @@ def tables() -> None:
     write_section("younger_table", younger_table(results, published["other"]))
     write_section("results", result_table(results, published["other"]))
     write_section("missing", missing_table(committed()))
+    write_section("promises", promise_table())
 
 
 def headline(results: dict) -> list[str]:
@@ -322,6 +324,18 @@ def file_of(algorithm: str):
     while not (HERE.parent / "algorithms" / f"{algorithm}.py").exists():
         algorithm = algorithm.rpartition("-")[0]
     return importlib.import_module(algorithm)
+
+
+def promise_table() -> list[str]:
+    """What overestimation.py measured at the last checkpoint of each run."""
+    runs = json.loads((HERE / "overestimation.json").read_text())
+    lines = ["| run on hopper-medium-replay | seed | updates | Q promises | is earned | ratio |",
+             "|---|---:|---:|---:|---:|---:|"]
+    for run in sorted(runs, key=overestimation.last_ratio, reverse=True):
+        step, promised, earned = run["points"][-1]
+        lines.append(f"| {run['name']} | {run['seed']} | {step:,} | {promised:.0f} | {earned:.0f} "
+                     f"| {overestimation.last_ratio(run):.2f} |")
+    return lines
 
 
 def study_table(results: dict) -> list[str]:
