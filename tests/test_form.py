@@ -170,8 +170,10 @@ def test_committed_results_used_the_defaults(path):
         "resume",
         "num_critics",
         "agents",
-        # how long the fit before step 1 lasts; the table says it
+        # how long a fit before step 1 or the first phase lasts; the table says it
         "behavior_steps",
+        "warm_up_steps",
+        "warmup_steps",
         "vae_steps",
         "dynamics_epochs",
     }
