@@ -89,6 +89,8 @@ RATES = {  # how fast Q can grow: the target networks set the pace
                              "--eval-every 5000",
     "iql-target-rate-0.02": "iql.py --steps 20000 --actor-lr 1e-3 --critic-lr 1e-3 "
                             "--target-rate 0.02 --eval-every 5000",
+    "td3_bc-target-rate-0.02": "td3_bc.py --steps 20000 --target-rate 0.02 --eval-every 5000",
+    "awac-target-rate-0.02": "awac.py --steps 20000 --target-rate 0.02 --eval-every 5000",
     "rebrac-target-rate-0.02": "rebrac.py --steps 20000 --target-rate 0.02 --eval-every 5000",
     "bcq-target-rate-0.02": "bcq.py --steps 24000 --target-rate 0.02 --eval-every 4000",
     "bear-target-rate-0.02": "bear.py --steps 20000 --warm-up-steps 4000 --target-rate 0.02 "
