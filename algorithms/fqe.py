@@ -43,9 +43,9 @@ stay clear of the bounds: one near scale · r_max / (1 − γ) is of a policy th
 With --holdout 0.1, as in training, policies are judged on episodes that training has not seen.
 
 Run:     python algorithms/fqe.py --env hopper-medium --policies runs/*/hopper-medium/seed0
-Expect:  of policies far from the data some come out among the best and others last; on one
-         policy's data, like hopper-medium, the order of the better ones is not reliable either, and
-         it changes with the number of updates. Rankings: results/README.md.
+Expect:  it finds policies that fall at once, with exceptions; the order of the better ones is not
+         reliable, as their discounted returns are close, and changes with the number of updates.
+         Rankings: results/README.md.
 """
 import copy
 import json

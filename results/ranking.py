@@ -6,12 +6,15 @@
     python algorithms/fqe.py --env hopper-medium --holdout 0.1 --steps 40000 --eval-every 2000 \\
         --policies runs/judged runs/awac-beta-2 runs/awac-beta-10 runs/plas-vae-* \\
         runs/bear-actor-lr-* runs/bear-mmd-0.12 runs/morel-horizon-*
-    python results/ranking.py runs/fqe/hopper-medium/seed0/result.json
+    python algorithms/fqe.py --env hopper-medium-replay --steps 40000 --eval-every 2000 \\
+        --policies runs/*/hopper-medium-replay/seed*
+    python results/ranking.py runs/fqe/hopper-medium*/seed0/result.json
 
-Training and judging see different episodes. Left: a point for each policy, with its mean return and
-its estimate; the line is the right order. Estimates are discounted and know no time limit, so only
-ranks can be compared. Right: the rank correlation during training, which is of no use if it depends
-on when one stops.
+On hopper-medium, training and judging see different episodes; the policies of hopper-medium-replay
+are of the grid's long runs, which see all of them. Left: a point for each policy, with its mean
+return and its estimate; the line is the right order. Estimates are discounted and know no time
+limit, so only ranks can be compared. Right: the rank correlation during training, which is of no
+use if it depends on when one stops.
 """
 import argparse
 import json
