@@ -38,8 +38,8 @@ Differences from the official code (rail-berkeley/rlkit, awac_trainer.py):
      another algorithm: min(exp(Â/β), 100), β = ⅓.
 
 Watch: q_data levels off below the data's largest discounted return. If it rises beyond that, the
-policy has left the data: raise --beta. effective_share need not warn of it: with β = 2 it was 0.3
-to 0.9 when that happened. Near 1/B one action gets all the weight.
+policy has left the data: raise --beta. effective_share need not warn of it: with β = 2 it was still
+at 0.3 in one such run. Near 1/B one action gets all the weight.
 
 Run:     python algorithms/awac.py --env hopper-medium
 Expect:  above a clone on hopper-medium, far above it on hopper-medium-replay, with evaluations that

@@ -31,7 +31,8 @@ Differences from DOPE's code (google-research/policy_eval):
   D1 The bounds in (E1) include 0. There they are r_min and r_max: where every reward is positive,
      the target at an episode's end would be raised to r_min, as if r_min were paid for ever.
   D2 Rewards are divided by their root mean square; there by their standard deviation, after
-     subtracting the mean where no episode terminates. Ours is no tiny number for equal rewards.
+     subtracting the mean where no episode terminates. Where all rewards are equal, that deviation
+     is replaced by 10⁻⁵; ours is their size.
   D3 Stochastic policies are judged by their `act`, the mean or mode; DOPE's runs do so too.
   D4 No bootstrap over episodes, no copies with noise on the reward: both are off in DOPE's runs.
   D5 (E2) is in units of C; there in those of Q, 1 / (1 − γ)² as large. Adam's ε is scaled alike.

@@ -99,7 +99,8 @@ def judge(folder: Path) -> dict | None:
     raw = common.load_dataset(settings["env"], "cpu")
     # a file may scale rewards (IQL): its Q is in that unit
     reward_unit = float(raw.reward.std() / data.reward.std())
-    name = folder.parts[-3]
+    out, name = folder.parts[-4:-2]
+    name = out if out.startswith(f"{name}-") else name  # a study: rebrac-target-rate-0.02
     points = []
     for path in tqdm(sorted((folder / "history").glob("*.pt")), desc=name, leave=False):
         saved = torch.load(path, map_location="cpu", weights_only=True)
