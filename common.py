@@ -1023,8 +1023,9 @@ def infer_next_obs(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     obs = columns["obs"]
     terminated = columns["terminated"]
     truncated = columns["truncated"].copy()
-    # after a termination it is another episode's first state, and is never looked at
     next_obs = np.append(obs[1:], obs[-1:], axis=0)
+    # after a termination it is unknown, and no target counts it: not another episode's first state
+    next_obs[terminated] = obs[terminated]
     keep = terminated | ~truncated
     keep[-1] = terminated[-1]
     # an episode whose last row is left out ends one row earlier

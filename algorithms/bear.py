@@ -107,7 +107,8 @@ class Args:
     warm_up_steps: int = 40_000  # first updates, with (E4) without Q [C bear.py]
 
 
-TUNED = {  # [C, D4RL's runs]
+# The author's advice in issue 8 of aviralkumar2907/BEAR; a comment in the code has 50 for walker2d.
+TUNED = {
     "hopper-random": {"kernel": "laplacian", "bandwidth": 20.0},
     "hopper-medium": {"kernel": "laplacian", "bandwidth": 20.0},
     "hopper-medium-replay": {"kernel": "laplacian", "bandwidth": 20.0},

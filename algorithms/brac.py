@@ -46,11 +46,13 @@ leaving b: raise --divergence-weight. At the end of the cloning behavior_entropy
 −dim(A): a narrower b makes every other action expensive.
 
 Run:     python algorithms/brac.py --env hopper-medium     (BRAC-v: --value-penalty)
-Expect:  the score often falls when Q enters, and may rise again later. See results/README.md.
+Expect:  on hopper-medium the score falls when Q enters, and rises again later; on its replay buffer
+         it rises from there on. Scores and curves: results/README.md.
 """
 import copy
 import math
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -100,6 +102,7 @@ HIDDEN = (300, 300)  # widths of the critics [C train_brac.py]
 ACTOR_HIDDEN = (200, 200)  # widths of actor and clone [C train_brac.py]
 LOG_STD_MIN, LOG_STD_MAX = -5.0, 0.0  # [C networks.py]
 CLIP = 1 - 1e-3  # of actions whose u = tanh⁻¹(a) is needed [C divergences.py]
+FIT_SAVE_EVERY = 20_000  # updates of the fit before step 1 between two checkpoints [=]
 
 
 def mlp(*widths: int) -> nn.Sequential:
@@ -293,16 +296,19 @@ def fit_first(what: str, one_update: Callable, count: Tensor, steps: int, run: R
     for _ in bar:
         metrics = one_update()
         count += 1
+        if not run.stop and int(count) % FIT_SAVE_EVERY and int(count) < steps:
+            continue
+        values = {name: float(value) for name, value in metrics.items()}
+        for name, value in values.items():
+            if not math.isfinite(value):
+                run.close()
+                fail(f"{name} of the {what} is {value} by update {int(count):,}")
+        run.since = time.time()  # the fit's time does not count in updates per second
+        run.save(0)
+        run.unsaved = True  # what follows
         if run.stop:
             break
-    values = {name: float(value) for name, value in metrics.items()}
-    for name, value in values.items():
-        if not math.isfinite(value):
-            run.close()
-            fail(f"{name} of the {what} is {value} by update {int(count):,}")
     tqdm.write(f"{what}: " + " ".join(f"{name} {value:.3g}" for name, value in values.items()))
-    run.since += bar.format_dict["elapsed"]  # the fit's time does not count in updates per second
-    run.save(0)
     if run.stop:
         run.close()
         fail(f"stopped after update {int(count):,} of the {what}; --resume continues from there")

@@ -43,8 +43,9 @@ Differences from the paper and its official code (aviralkumar2907/CQL):
   D4 Target critics start as copies, not as other random networks; PyTorch's initialisation.
   D5 Forms cql-h and plain are the paper's equations; the official code has neither.
 
-Watch: q_policy stays below the data's discounted returns. If it grows without bound, raise w. If
-q_data sinks far below them, lower w; plain lowers Q by w / 2 in every backup by its nature.
+Watch: q_policy stays below the largest discounted return of the data. If it grows without bound,
+raise w. If q_data sinks far below all returns, lower w; plain lowers Q by w / 2 in every backup by
+its nature.
 
 Run:     python algorithms/cql.py --env hopper-medium --form logsumexp
 Expect:  about the data's score on hopper-medium after 20,000 updates; above a clone's on its replay

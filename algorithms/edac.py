@@ -35,8 +35,8 @@ Differences from the official code (snu-mllab/EDAC):
   D4 No backup over ten actions, which only pen-cloned has. N and η of random and expert data are
      medium's: CORL, the source of the others, has no files for these.
 
-Watch: q_policy stays below the data's discounted returns; if it runs away, N or η is too small.
-similarity starts near 0 and should stay far below N; near N the critics act as one.
+Watch: q_policy stays below the largest discounted return of the data; if it runs away, N or η is
+too small. similarity starts near 0 and should stay far below N; near N the critics act as one.
 
 Run:     python algorithms/edac.py --env hopper-medium
          python algorithms/edac.py --env hopper-medium --diversity-weight 0 --num-critics 500

@@ -40,7 +40,8 @@ Differences from the official code (Wenxuan-Zhou/PLAS), which we follow:
 Watch: cloning_error and kl, printed at the end of stage 1. A high cloning_error means that the VAE
 needs more --vae-steps or a larger --vae-lr; no policy can repair it. kl near 0 means that g ignores
 z, so that h can change little. That is right for data of one policy, where there is nothing to
-encode; data of many policies leave h more to choose from. In stage 2 q_policy stays near q_data.
+encode; data of many policies leave h more to choose from. In stage 2 q_policy stays near q_data;
+both may be too high all the same, as after 80,000 steps on hopper-medium-replay.
 
 Run:     python algorithms/plas.py --env hopper-medium
 Expect:  below a clone on hopper-medium if the VAE's fit was short, above one on its replay buffer.
@@ -49,6 +50,7 @@ Expect:  below a clone on hopper-medium if the VAE's fit was short, above one on
 import copy
 import math
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -95,6 +97,7 @@ class Args:
 HIDDEN = (400, 300)  # widths of h and critics [C algos.py]
 VAE_HIDDEN = (750, 750)  # [C algos.py]
 VAE_LOG_STD_MIN, VAE_LOG_STD_MAX = -4.0, 15.0  # [C algos.py]
+FIT_SAVE_EVERY = 20_000  # updates of the fit before step 1 between two checkpoints [=]
 
 
 def mlp(*widths: int) -> nn.Sequential:
@@ -278,16 +281,19 @@ def fit_first(what: str, one_update: Callable, count: Tensor, steps: int, run: R
     for _ in bar:
         metrics = one_update()
         count += 1
+        if not run.stop and int(count) % FIT_SAVE_EVERY and int(count) < steps:
+            continue
+        values = {name: float(value) for name, value in metrics.items()}
+        for name, value in values.items():
+            if not math.isfinite(value):
+                run.close()
+                fail(f"{name} of the {what} is {value} by update {int(count):,}")
+        run.since = time.time()  # the fit's time does not count in updates per second
+        run.save(0)
+        run.unsaved = True  # what follows
         if run.stop:
             break
-    values = {name: float(value) for name, value in metrics.items()}
-    for name, value in values.items():
-        if not math.isfinite(value):
-            run.close()
-            fail(f"{name} of the {what} is {value} by update {int(count):,}")
     tqdm.write(f"{what}: " + " ".join(f"{name} {value:.3g}" for name, value in values.items()))
-    run.since += bar.format_dict["elapsed"]  # the fit's time does not count in updates per second
-    run.save(0)
     if run.stop:
         run.close()
         fail(f"stopped after update {int(count):,} of the {what}; --resume continues from there")

@@ -42,7 +42,7 @@ Differences from the official code (apple/ml-uwac, whose script imports a file t
      gradient mixes new weights with old activations; current PyTorch refuses that.
 
 Watch: weight, the mean of w in (E5). V has the square of Q's unit: near 1 UWAC is BEAR, near 0
-nothing is learned (lower --beta, or scale rewards down). ‖W‖₂ = 1 lets Q change by at most 1.24 per
+nothing is learned (lower --beta, or scale rewards down). ‖W‖₂ ≈ 1 lets Q change by about 1.24 per
 unit of (s, a), so large returns are fitted slowly. mmd and multiplier: as in bear.py.
 
 Run:     python algorithms/uwac.py --env hopper-medium
@@ -412,6 +412,8 @@ def train(args: Args) -> None:
     check_range(args, "gamma target_rate min_weight", 0, 1)
     check_range(args, "passes", 2)
     check_range(args, "dropout_rate", 0, 0.99)
+    if args.dropout_rate > 0 and round(256 * args.dropout_rate) == 0:
+        fail(f"--dropout-rate {args.dropout_rate} is rounded to 0; give 0, or at least 0.002")
     for name in ("bandwidth", "beta"):
         if not getattr(args, name) > 0:
             fail(f"--{name} must be above 0, not {getattr(args, name)}")

@@ -209,9 +209,9 @@ def test_limits_of_the_mixture():
     assert_close(target_of(q, min_weight=0.0), [3.0, 4.0])
 
 
-def test_termination_stops_the_bootstrap_and_truncation_does_not():
-    """Where the task is over, y is the reward whatever s′ and γ; elsewhere (also at a time limit) γ
-    and Q count."""
+def test_only_termination_stops_the_bootstrap():
+    """Where the task is over, y is the reward whatever s′ and γ; elsewhere γ and
+    Q count."""
     vae, perturbation, critic = make(VAE, 3, 2), perturbation_of(0.3), make(Critic, 3, 2)
     batch = tiny_batch(terminated=(1, 1, 1, 1))
     for gamma in (0.5, 0.99):

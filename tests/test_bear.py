@@ -183,9 +183,9 @@ def test_first_mix_then_maximum():
     assert_close(y, [2.0])
 
 
-def test_termination_stops_the_bootstrap_and_truncation_does_not():
-    """Where the task is over, y is the reward whatever s′ and γ; elsewhere (also at a time limit) γ
-    and Q count."""
+def test_only_termination_stops_the_bootstrap():
+    """Where the task is over, y is the reward whatever s′ and γ; elsewhere γ and
+    Q count."""
     actor, batch = make(Actor, 3, 2), tiny_batch(terminated=(1, 1, 1, 1))
     for gamma in (0.5, 0.99):
         assert torch.equal(

@@ -575,6 +575,17 @@ def test_a_resumed_run_does_not_clone_again(monkeypatch):
         )
 
 
+def test_a_killed_clone_loses_little(monkeypatch):
+    """It is saved every so often and at its end, as step 0, and always as unsaved since."""
+    saved = []
+    monkeypatch.setattr(brac, "FIT_SAVE_EVERY", 2)
+    monkeypatch.setattr(
+        SilentRun, "save", lambda run, step: saved.append((step, int(run.state["cloned"])))
+    )
+    silent_train(monkeypatch, brac, tiny_data(), steps=1, batch_size=4, behavior_steps=5)
+    assert saved == [(0, 2), (0, 4), (0, 5)] and SilentRun.last.unsaved
+
+
 def test_a_stop_in_the_cloning_saves_and_leaves(monkeypatch, capsys):
     """The step under way is finished, and saved as step 0; no update of BRAC comes after it."""
     monkeypatch.setattr(SilentRun, "stop", True)

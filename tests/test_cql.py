@@ -189,7 +189,7 @@ def test_act_is_the_mean_in_the_environments_units():
 # ---- the target
 
 
-def test_termination_stops_the_bootstrap_and_truncation_does_not():
+def test_only_termination_stops_the_bootstrap():
     """Where the task is over, y is the reward whatever s′ and γ; elsewhere each transition takes
     its smaller Q."""
     actor = make(Actor, 3, 2)

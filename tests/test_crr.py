@@ -170,7 +170,7 @@ def test_act_is_the_mean_in_the_environments_units():
 # ---- the target
 
 
-def test_termination_stops_the_bootstrap_and_truncation_does_not():
+def test_only_termination_stops_the_bootstrap():
     """Where the task is over, y is the reward whatever s′ and γ; elsewhere γ and Q count."""
     actor, critic, batch = make_actor(), make_critic(), tiny_batch(terminated=(1, 1, 1, 1))
     for gamma in (0.5, 0.99):

@@ -139,6 +139,7 @@ def test_d4rl_file_without_next_observations_loses_the_rows_whose_next_state_is_
     torch.testing.assert_close(
         data.next_obs[living], (data.obs + data.action)[living], rtol=0, atol=5e-5
     )
+    assert torch.equal(data.next_obs[2], data.obs[2]), "not another episode's first state"
     assert data.episodes()[1].tolist() == [3, 4, 5] and data.truncated.tolist() == [
         False,
         False,

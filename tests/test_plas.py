@@ -165,9 +165,9 @@ def test_mixture_of_the_critics(min_weight, expected):
     )
 
 
-def test_termination_stops_the_bootstrap_and_truncation_does_not():
-    """Where the task is over, y is the reward whatever s′ and γ; elsewhere (also at a time limit) γ
-    and Q count."""
+def test_only_termination_stops_the_bootstrap():
+    """Where the task is over, y is the reward whatever s′ and γ; elsewhere γ and
+    Q count."""
     vae, policy, batch = make(VAE, 3, 2), latent_policy(), tiny_batch(terminated=(1, 1, 1, 1))
     for gamma in (0.5, 0.99):
         assert torch.equal(
@@ -329,6 +329,17 @@ def test_a_resumed_run_goes_on_with_the_vae_where_it_was(monkeypatch):
         monkeypatch.setattr(SilentRun, "begin", begin)
         run = silent_train(monkeypatch, plas, tiny_data(), steps=2, vae_steps=5, batch_size=4)
         assert len(steps) == fitted_now and len(run.history) == moments and run.state["fitted"] == 5
+
+
+def test_a_kill_in_stage_1_loses_little(monkeypatch):
+    """It is saved every so often and at its end, as step 0, and always as unsaved since."""
+    saved = []
+    monkeypatch.setattr(plas, "FIT_SAVE_EVERY", 2)
+    monkeypatch.setattr(
+        SilentRun, "save", lambda run, step: saved.append((step, int(run.state["fitted"])))
+    )
+    silent_train(monkeypatch, plas, tiny_data(), steps=1, vae_steps=5, batch_size=4)
+    assert saved == [(0, 2), (0, 4), (0, 5)] and SilentRun.last.unsaved
 
 
 def test_ctrl_c_in_stage_1_saves_at_once(monkeypatch, capsys):

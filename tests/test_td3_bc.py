@@ -94,9 +94,9 @@ def test_actor_loss_equals_a_loop():
 # ---- the target
 
 
-def test_termination_stops_the_bootstrap_and_truncation_does_not():
-    """Where the task is over, y is the reward whatever follows; elsewhere (also at a time limit) γ
-    and Q count."""
+def test_only_termination_stops_the_bootstrap():
+    """Where the task is over, y is the reward whatever follows; elsewhere γ and
+    Q count."""
     actor = make(Actor, 3, 2)
     critic = make(Critic, 3, 2)
     batch = tiny_batch(terminated=(1, 1, 1, 1))

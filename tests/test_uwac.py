@@ -364,9 +364,9 @@ def test_td_target_equals_a_loop(monkeypatch, weighting):
     assert not y.requires_grad and not weight.requires_grad
 
 
-def test_termination_stops_the_bootstrap_and_truncation_does_not():
-    """Where the task is over, y is the reward whatever s′ and γ; elsewhere (also at a time limit) γ
-    and Q count."""
+def test_only_termination_stops_the_bootstrap():
+    """Where the task is over, y is the reward whatever s′ and γ; elsewhere γ and
+    Q count."""
     actor, batch = make(Actor, 3, 2), tiny_batch(terminated=(1, 1, 1, 1))
     for gamma in (0.5, 0.99):
         assert torch.equal(
@@ -647,7 +647,14 @@ def test_the_multiplier_stays_in_its_bounds(max_mmd, end):
 
 
 @pytest.mark.parametrize(
-    "setting", [dict(passes=1), dict(dropout_rate=1.0), dict(beta=0.0), dict(num_samples=0)]
+    "setting",
+    [
+        dict(passes=1),
+        dict(dropout_rate=1.0),
+        dict(dropout_rate=1e-3),
+        dict(beta=0.0),
+        dict(num_samples=0),
+    ],
 )
 def test_settings_without_meaning_are_refused(setting, capsys):
     with pytest.raises(SystemExit) as stop:
