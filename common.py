@@ -466,7 +466,7 @@ class Run:
             self.handlers[number] = signal.signal(number, self._on_signal)
         if self.due:  # the last process ended between a checkpoint and its evaluation
             self._evaluate_due()
-        self.unsaved = True
+        self.unsaved = step < self.args.steps  # else only the final evaluation is left
         self.since = time.time()
         return step
 
@@ -560,6 +560,7 @@ class Run:
             self.stop = True
             return
         self._restore_signals()
+        self.stop = True
         self.bar.close()  # not the writer: the signal may have come in the midst of its work
         fail(f"stopped; {self._last_state()}")
 
@@ -636,6 +637,8 @@ class Run:
                 returns = evaluate(self.actor.act, data.env_spec, episodes, 10**6 * seed,
                                    data.device)
         except (Exception, SystemExit) as error:  # whatever an environment may raise
+            if self.stop:  # no failure: _on_signal ends the run
+                raise
             self._fail(f"the evaluation in {env_id(data.env_spec)} failed ("
                        f"{type(error).__name__}: {error}); training is saved in {self.checkpoint}, "
                        "and --resume --eval-episodes 0 --final-episodes 0 continues without "
@@ -1097,6 +1100,18 @@ def known_next(data: Dataset, falls: Tensor) -> Tensor:
              "other arguments, as terminate_when_unhealthy=False?")
     # in some D4RL files another episode's start follows a termination: that is no fall
     return lives | falls
+
+
+def read_fitted(path: Path, model: torch.nn.Module) -> bool:
+    """Whether `path` has the model that an earlier start fitted; then `model` gets its weights."""
+    if not path.exists():
+        return False
+    try:
+        model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:  # damaged, or of other widths
+        fail(f"{path} does not fit this file ({type(error).__name__}); delete it to fit anew")
+    notice(f"the model is read from {path}; delete it to fit anew, as after a change in its code")
+    return True
 
 
 def check_action_space(name: str, space: spaces.Space) -> None:

@@ -38,7 +38,7 @@ its last 50,000 transitions. (E4)'s standardisation is the code's; the paper has
   D4 PyTorch's default initialisation, not Xavier's. π's last weights are within ±0.01 [code].
   D5 Acting clips the mean to the action's range, near which (E5) keeps it anyway.
 
-Watch: effective_share stays between 0.2 and 0.5, as (E4) fixes the spread of the exponent. Below
+Watch: effective_share stays between 0.2 and 0.6, as (E4) fixes the spread of the exponent. Below
 that a few large advantages get most of the weight: raise --beta. At 1 all advantages are equal.
 
 Run:     python algorithms/awr.py --env hopper-medium
@@ -52,7 +52,7 @@ from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # lets this file find common.py
-from common import Batch, Dataset, Run, check_range, fail, load_dataset, record_on_cuda
+from common import Batch, Dataset, Run, check_range, fail, load_dataset, notice, record_on_cuda
 
 import numpy as np
 import torch
@@ -267,6 +267,11 @@ def train(args: Args) -> None:
         fail(f"--beta must be above 0, not {args.beta}")
     data = load_dataset(args.env, args.device, eval_env=args.eval_env, holdout=args.holdout)
     run = Run(args, data, gflop=0.014)
+    starts, stops = data.episodes()
+    longest = max(stops - starts)
+    if longest > 20_000:
+        notice(f"{data.name} has an episode of {longest:,} steps; (E1) goes through it step by "
+               "step, twice a round, and takes most of the time")
 
     actor = Actor(data.obs_dim, data.action_dim).to(data.device)
     actor.obs_mean, actor.obs_std = standardize_obs(data)

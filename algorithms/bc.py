@@ -35,9 +35,10 @@ Run:     python algorithms/bc.py --env hopper-medium
          python algorithms/bc.py --env hopper-medium-replay --top-fraction 0.1
          python algorithms/bc.py --env cartpole-replay
 Expect:  near the data's own score or above it, but below it where policies that disagree are
-         averaged, as on halfcheetah-medium-replay; every other method has to beat it, and 10%-BC is
-         harder to beat. With discrete actions argmax leaves out rare ones, such as an explorer's,
-         and the clone can be far above its data. Scores and curves: results/README.md.
+         averaged, as on halfcheetah-medium-replay. With discrete actions argmax leaves out rare
+         ones: the clone can be far above its data, as on cartpole-replay, or far below, as on
+         acrobot-replay. Every other method has to beat it; 10%-BC, say papers, is harder to beat.
+         Scores and curves: results/README.md.
 """
 import sys
 from dataclasses import dataclass

@@ -393,8 +393,12 @@ def train(args: Args) -> None:
 
     if data.env_spec and args.final_episodes > 0:
         second = target / 2 if target > 0 else 2 * target  # [D4]
-        returns = evaluate(Player(actor, second), data.env_spec, args.final_episodes,
-                           10**6 * (args.seed + 1000), data.device)
+        try:
+            returns = evaluate(Player(actor, second), data.env_spec, args.final_episodes,
+                               10**6 * (args.seed + 1000), data.device)
+        except (Exception, SystemExit, KeyboardInterrupt) as error:
+            fail(f"the run is complete; the second request, {second:.1f}, was not played to its "
+                 f"end ({type(error).__name__})")
         print(f"asked for {second:.1f}: return {returns.mean():.1f} ± {returns.std():.1f}")
 
 

@@ -39,7 +39,8 @@ Double DQN:
 
 Watch: q_policy, the mean of max_a Q. It can't rightly exceed the largest discounted return: 100
 where rewards are at most 1 and γ = 0.99. If it does, the maximum has found overestimated actions
-and the policy is of no use: take cql_discrete.py. --double changes little where data are fixed.
+and the policy is of no use: try cql_discrete.py. Below it a policy may fail all the same, as on
+cartpole-medium from the first evaluation on. --double changes little where data are fixed.
 
 Run:     python algorithms/dqn.py --env cartpole-replay
          python algorithms/dqn.py --env cartpole-replay --double

@@ -35,7 +35,8 @@ Differences from DOPE's code (google-research/policy_eval):
      is replaced by 10⁻⁵; ours is their size.
   D3 Stochastic policies are judged by their `act`, the mean or mode; DOPE's runs do so too.
   D4 No bootstrap over episodes, no copies with noise on the reward: both are off in DOPE's runs.
-  D5 (E2) is in units of C; there in those of Q, 1 / (1 − γ)² as large. Adam's ε is scaled alike.
+  D5 (E2) is in units of C; there in those of Q, 1 / (1 − γ)² as large. Adam's ε is scaled alike,
+     and is added after the bias correction; Keras adds it before.
   D6 Batches are drawn with replacement, and the last step before a time limit is kept; there whole
      passes through the data, without that step.
 
@@ -176,8 +177,9 @@ def load_policies(paths: list[Path], data: Dataset) -> dict:
 
 def misfit(act, own_spec: str | None, data: Dataset) -> str | None:
     """Why the data can't judge a policy; None where they can."""
-    if own_spec and data.env_spec and env_id(own_spec) != env_id(data.env_spec):
-        return f"is for {env_id(own_spec)}, {data.name} is of {env_id(data.env_spec)}"
+    env = env_id(data.env_spec) if data.env_spec else data.recorded_env
+    if own_spec and env and env_id(own_spec) != env:
+        return f"is for {env_id(own_spec)}, {data.name} is of {env}"
     if hasattr(act, "start"):
         return "has a memory, its action is no function of the observation"
     try:
@@ -199,6 +201,8 @@ def rollout_return(path: Path, act, data: Dataset, args: Args) -> float:
     seed = 10**6 * (args.seed + 1000)
     try:
         returns = evaluate(act, data.env_spec, args.final_episodes, seed, data.device)
+    except KeyboardInterrupt:
+        fail("stopped in the rollouts; --eval-env none judges without them")
     except (Exception, SystemExit) as error:  # whatever an environment may raise
         fail(f"the rollouts of {path} in {env_id(data.env_spec)} failed ({type(error).__name__}: "
              f"{error}); --eval-env none judges without rollouts")
@@ -209,7 +213,10 @@ def policy_actions(acts: list, obs: Tensor, data: Dataset) -> Tensor:
     """π_p(s) of raw observations (N, S), in [-1, 1]: (N, P, A). Once, as policies are fixed."""
     chunks = tqdm(obs.split(300), desc="the policies' actions", leave=False,  # some sample 100
                   mininterval=0.2 if sys.stderr.isatty() else 30)
-    actions = torch.cat([torch.stack([act(chunk) for act in acts], dim=1) for chunk in chunks])
+    try:
+        actions = torch.cat([torch.stack([act(part) for act in acts], dim=1) for part in chunks])
+    except KeyboardInterrupt:
+        fail("stopped before the first estimate")
     return ((actions - data.action_mid) / data.action_half).clamp(-1, 1)
 
 
@@ -363,7 +370,7 @@ def train(args: Args) -> None:
     first = torch.as_tensor(data.episodes()[0], device=data.device)  # (E,) row numbers
     next_actions = policy_actions(acts, data.next_obs, data)  # (N, P, A)
     first_action = policy_actions(acts, data.obs[first], data).transpose(0, 1)  # (P, E, A)
-    standardize_obs(data, eps=1e-5)  # [C dataset.py]
+    standardize_obs(data, eps=1e-5)  # [C dataset.py], there the least deviation
     first_obs = data.obs[first]
     scale = scale_by_rms(data)
     bounds = torch.stack([data.reward.min().clamp(max=0), data.reward.max().clamp(min=0)])  # [D1]

@@ -38,6 +38,7 @@ Differences from the paper and the official code (tianheyu927/mopo):
   D4 A termination's next state is the real one; the code fits the jump into the next episode.
   D5 Hopper's |s′| < 100 holds on both sides; a misplaced parenthesis leaves the code the upper one.
   D6 Q, π, α, targets one after the other, and no ½ in (E9): both as in sac.py.
+  D7 All rows count; the code's pool keeps the last million, so half of a medium-expert set.
 
 Watch: q_policy. Where it runs away above any return of the data, the policy exploits the model's
 errors: raise --penalty-weight. `reward`, a batch's mean after the penalty, may lie far below the
@@ -65,6 +66,7 @@ from common import (
     known_next,
     load_dataset,
     parse_args,
+    read_fitted,
     record_on_cuda,
     write_atomically,
 )
@@ -306,8 +308,7 @@ def fit(dynamics: Dynamics, data: Dataset, args: Args, run: Run) -> None:
     """(E2), (E3), each network on its own bootstrap; or reads what an earlier start fitted."""
     key = f"{run.dataset['fingerprint']}-{args.dynamics_epochs}"
     path = run.folder.with_name(f"{run.folder.name}-model-{key}.pt")
-    if path.exists():
-        dynamics.load_state_dict(torch.load(path, map_location=data.device, weights_only=True))
+    if read_fitted(path, dynamics):
         return
     x, y = model_rows(data)
     rng = torch.Generator(data.device).manual_seed(args.seed)
@@ -327,7 +328,7 @@ def fit(dynamics: Dynamics, data: Dataset, args: Args, run: Run) -> None:
         for index in rows.split(DYNAMICS_BATCH, dim=1):
             descend(dynamics_loss(dynamics, x[index], y[index]), optimizer)
             if run.stop:
-                fail("stopped before the model was fitted; start again without --resume")
+                fail("stopped before the model was fitted; start again with the same command")
         shuffle = torch.rand(rows.shape, generator=rng, device=data.device).argsort(dim=1)
         rows = rows.gather(1, shuffle)
         error = (dynamics(x[holdout])[0].detach() - y[holdout]).pow(2).mean(dim=(1, 2))

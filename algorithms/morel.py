@@ -71,6 +71,7 @@ from common import (
     fail,
     known_next,
     load_dataset,
+    read_fitted,
     record_on_cuda,
     write_atomically,
 )
@@ -306,8 +307,7 @@ def fit(dynamics: Dynamics, data: Dataset, args: Args, run: Run) -> None:
     """(E2), each network in its own order of rows, then disc; or reads what was fitted earlier."""
     key = f"{run.dataset['fingerprint']}-{args.dynamics_epochs}"
     path = run.folder.with_name(f"{run.folder.name}-model-{key}.pt")
-    if path.exists():
-        dynamics.load_state_dict(torch.load(path, map_location=data.device, weights_only=True))
+    if read_fitted(path, dynamics):
         return
     x, y = model_rows(data)
     dynamics.x_mean, dynamics.x_std = mean_and_std(x)
@@ -321,7 +321,7 @@ def fit(dynamics: Dynamics, data: Dataset, args: Args, run: Run) -> None:
             loss = dynamics_loss(dynamics, x[index], y[index])
             descend(loss, optimizer)
             if run.stop:
-                fail("stopped before the model was fitted; start again without --resume")
+                fail("stopped before the model was fitted; start again with the same command")
         if not loss.isfinite():
             fail(f"the model's loss is {loss.item()} by epoch {epoch}")
         bar.set_postfix_str(f"loss {loss.item():.3g}", refresh=False)

@@ -166,7 +166,7 @@ def head_weights(num_heads: int, ensemble: bool, device: torch.device) -> Tensor
     if ensemble:
         return torch.eye(num_heads, device=device)
     weights = torch.rand(1, num_heads, device=device)
-    return weights / weights.sum()
+    return weights / weights.sum().clamp(min=1e-30)  # a single head's draw may be 0
 
 
 def mix(q: Tensor, weights: Tensor) -> Tensor:

@@ -31,11 +31,12 @@ Differences from the papers and from rlkit, the code family that made D4RL's dat
   D4 (E5) multiplies log α [rlkit], not α [CleanRL, d3rlpy]: the same fixed point, another speed.
 
 Watch: q_policy. A healthy run would keep it below the largest discounted return of the data, as
-td3_bc.py does. Here it grows without bound, q_data follows, and the return falls.
+td3_bc.py does. Here it grows and grows, q_data follows, and the policy is of no use.
 
 Run:     python algorithms/sac.py --env hopper-medium
-Expect:  a score near 0 while q_policy passes any possible return: the failure that the other
-         files are about. Scores and curves: results/README.md.
+Expect:  on hopper-medium a score near 0 while q_policy passes any possible return; on its replay
+         buffer about a clone's score, and a Q far above what is earned. This is the failure that
+         the other files are about. Scores and curves: results/README.md.
 """
 import copy
 import math

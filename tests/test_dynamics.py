@@ -8,6 +8,7 @@ import copy
 import math
 from types import SimpleNamespace
 
+import common
 from common import Batch
 
 import combo
@@ -428,6 +429,22 @@ def test_the_same_seed_fits_the_same_model(tmp_path):
     assert torch.equal(flat(models[0]), flat(models[1])) and not torch.equal(
         flat(models[0]), flat(models[2])
     )
+
+
+def test_a_model_that_does_not_fit_is_named_and_one_that_does_is_told(tmp_path, capsys):
+    """Read and said so; other widths and a damaged file end the run in one line."""
+    path, model = tmp_path / "model.pt", Dynamics(1, 1)
+    assert not common.read_fitted(path, model)
+    torch.save(model.state_dict(), path)
+    copied = Dynamics(1, 1)
+    assert common.read_fitted(path, copied) and torch.equal(flat(copied), flat(model))
+    assert f"read from {path}" in capsys.readouterr().err
+    torch.save(Dynamics(2, 1).state_dict(), path)
+    for _ in range(2):
+        with pytest.raises(SystemExit):
+            common.read_fitted(path, model)
+        assert "delete it to fit anew" in capsys.readouterr().err
+        path.write_bytes(b"junk")
 
 
 def test_ctrl_c_while_fitting(tmp_path, capsys):

@@ -8,6 +8,7 @@ import common
 import bc
 import decision_transformer
 import fqe
+import gymnasium as gym
 import numpy as np
 import pytest
 import sac
@@ -70,7 +71,7 @@ def test_critic_loss_equals_a_loop():
 
 
 def test_estimate_equals_a_loop():
-    """(E4): the mean over first observations, in the rewards' units, and a sum of rewards in place
+    """(E5): the mean over first observations, in the rewards' units, and a sum of rewards in place
     of their mean."""
     critic, obs, action = make(PolicyCritic, 3, 2, 2), torch.randn(5, 3), torch.randn(2, 5, 2)
     expected = [
@@ -81,7 +82,7 @@ def test_estimate_equals_a_loop():
 
 
 def test_update_is_one_step_for_all_policies():
-    """A batch with each policy's action at s′, a step of C, then (E3); twice."""
+    """A batch with each policy's action at s′, a step of C, then (E4); twice."""
     data, args = tiny_data(), Args(batch_size=5, gamma=0.9, target_rate=0.3)
     actions = 2 * torch.rand(12, 3, 2) - 1  # of three policies
     critic, target = make(PolicyCritic, 3, 2, 3), make(PolicyCritic, 3, 2, 3)
@@ -110,7 +111,7 @@ def test_update_is_one_step_for_all_policies():
 
 
 def test_weight_decay_is_not_multiplied_by_the_learning_rate():
-    """(E3), as TensorFlow Addons' AdamW: w ← w − decay · w, and then Keras' step of Adam; two
+    """As TensorFlow Addons' AdamW: w ← w − decay · w, and then PyTorch's step of Adam; two
     steps, one number at a time."""
     critic, args = make(PolicyCritic, 3, 2, 1), Args(critic_lr=0.01, weight_decay=0.2, gamma=0.9)
     weight = critic.layers[0].weight
@@ -472,6 +473,15 @@ def test_what_cannot_be_loaded_or_does_not_fit_is_named(tmp_path, capsys):
         assert message in error(
             tmp_path / str(i) / save(tmp_path / str(i), actor, **other).split("/")[-1]
         )
+
+
+def test_a_policy_of_another_environment_is_left_out_also_without_rollouts():
+    """With --eval-env none the environment of the recording counts."""
+    data = tiny_data()
+    data.env_spec, data.recorded_env = None, "Pendulum-v1"
+    other, own = gym.spec("Hopper-v5").to_json(), gym.spec("Pendulum-v1").to_json()
+    assert "is for Hopper-v5" in fqe.misfit(lambda obs: data.action[: len(obs)], other, data)
+    assert fqe.misfit(lambda obs: data.action[: len(obs)], own, data) is None
 
 
 def test_a_policy_with_a_memory_is_left_out(monkeypatch, tmp_path, capsys):

@@ -353,13 +353,17 @@ def test_rollouts_cost_less_than_15_percent():
 
 def test_tuned_values_are_those_of_the_paper(monkeypatch, capsys):
     """Four levels of three bodies; what the user sets stands, what is taken from TUNED is said."""
-    assert set(mopo.TUNED) == {
-        f"{body}-{level}" for body in ("hopper", "walker2d", "halfcheetah") for level in LEVELS[:4]
+    table = {  # random, medium, medium-replay, medium-expert
+        "halfcheetah": ((5, 0.5), (1, 1.0), (5, 1.0), (5, 1.0)),
+        "hopper": ((5, 1.0), (5, 5.0), (5, 1.0), (5, 1.0)),
+        "walker2d": ((1, 1.0), (5, 5.0), (1, 1.0), (1, 2.0)),
     }
-    assert {env.split("-")[0] for env in mopo.TUNED} < set(SUITE)
-    assert mopo.TUNED["hopper-medium"] == dict(horizon=5, penalty_weight=5.0)
-    assert mopo.TUNED["walker2d-medium-expert"] == dict(horizon=1, penalty_weight=2.0)
-    assert mopo.TUNED["halfcheetah-random"] == dict(horizon=5, penalty_weight=0.5)
+    assert set(table) < set(SUITE)
+    assert mopo.TUNED == {
+        f"{body}-{level}": dict(horizon=horizon, penalty_weight=weight)
+        for body, row in table.items()
+        for level, (horizon, weight) in zip(LEVELS[:4], row, strict=True)
+    }
     monkeypatch.setattr(
         sys, "argv", ["mopo.py", "--env", "walker2d-medium-expert", "--horizon", "3"]
     )

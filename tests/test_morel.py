@@ -494,7 +494,7 @@ def test_the_best_policy_goes_round_the_unknown():
 
 
 def test_soft_td_target_equals_a_loop(monkeypatch):
-    """(E7), (E8): one action per next observation, the smaller critic, minus α log π; nothing after
+    """(E8), (E9): one action per next observation, the smaller critic, minus α log π; nothing after
     an end."""
     actor, critic, batch, expected = make(Actor, 3, 2), make(Critic, 3, 2), tiny_batch(), []
     draws = record_draws(monkeypatch, "randn_like")
@@ -511,7 +511,7 @@ def test_soft_td_target_equals_a_loop(monkeypatch):
 
 
 def test_critic_loss_equals_a_loop():
-    """(E9): the mean over transitions of the squared error, summed over two critics; a column of
+    """(E10): the mean over transitions of the squared error, summed over two critics; a column of
     targets is refused."""
     critic, batch, y = make(Critic, 3, 2), tiny_batch(), torch.randn(4)
     q = [
@@ -525,7 +525,7 @@ def test_critic_loss_equals_a_loop():
 
 
 def test_actor_loss_equals_a_loop(monkeypatch):
-    """(E10) with its gradient, and the log π that (E11) needs."""
+    """(E11) with its gradient, and the log π that (E12) needs."""
     actor, critic, obs = make(Actor, 3, 2), make(Critic, 3, 2), torch.randn(4, 3)
     draws = record_draws(monkeypatch, "randn_like")
     loss, *metrics = morel.actor_loss(actor, critic, torch.tensor(0.3), obs)
@@ -561,7 +561,7 @@ def sgd(actor, critic, log_alpha, lr=0.01):
 
 def test_update_is_the_algorithm_box():
     """Real rows first, then imagined ones; Q, then π on the new Q, then α, each with the old α;
-    then (E12), exactly."""
+    then (E13), exactly."""
     args = Args(batch_size=5, real_share=0.5, gamma=0.9, target_rate=0.3)
     data, pool, nets = tiny_data(), filled_pool(morel, tiny_data(9)), networks()
     actor, critic, critic_target, log_alpha = copy.deepcopy(nets)
@@ -584,7 +584,7 @@ def test_update_is_the_algorithm_box():
         q_grad = step_by_hand(q_loss, list(critic.parameters()), 0.01)
         pi_loss, log_prob, q_policy = morel.actor_loss(actor, critic, alpha, batch.obs)
         pi_grad = step_by_hand(pi_loss, list(actor.parameters()), 0.01)
-        log_alpha.data += 0.01 * (log_prob.mean() - 2)  # (E11), for two actions
+        log_alpha.data += 0.01 * (log_prob.mean() - 2)  # (E12), for two actions
         for t, o in zip(critic_target.parameters(), critic.parameters()):
             t.data = 0.7 * t.data + 0.3 * o.data
         for got, want in zip(nets, (actor, critic, critic_target)):

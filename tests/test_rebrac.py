@@ -221,6 +221,21 @@ def test_next_actions_stay_within_their_episode():
     assert_left(taken(terminated=(3, 11), truncated=(3, 7, 11))[1], [*kept, 11])
 
 
+def test_data_without_any_next_action_are_refused(capsys):
+    data = tiny_data()
+    data.terminated.zero_()
+    data.truncated = torch.ones(12, dtype=torch.bool)
+    with pytest.raises(SystemExit):
+        rebrac.take_next_actions(data)
+    assert "has a next one in its episode" in capsys.readouterr().err
+
+
+def test_the_actors_metrics_are_part_of_the_state(monkeypatch):
+    """A resumed run reports those of the last actor step, as an uninterrupted one does."""
+    run = silent_train(monkeypatch, rebrac, tiny_data(), steps=3, batch_size=4)
+    assert run.steps_that_moved("q_policy") == run.steps_that_moved("cloning_error") == [1, 3]
+
+
 def test_update_pairs_each_transition_with_its_own_next_action(monkeypatch):
     """Action = row number / 100: wherever the episode goes on, a′ = a + 0.01."""
     data, seen = tiny_data(), []

@@ -80,6 +80,12 @@ def some_weights(ensemble) -> torch.Tensor:
 # ---- (E1) the combinations
 
 
+def test_a_draw_of_zero_is_no_nan(monkeypatch):
+    """torch.rand includes 0."""
+    monkeypatch.setattr(torch, "rand", lambda *size, device: torch.zeros(size))
+    assert rem.head_weights(1, False, torch.device("cpu")).isfinite().all()
+
+
 def test_head_weights_equal_a_loop(monkeypatch):
     draws = record_draws(monkeypatch, "rand")
     weights = some_weights(False)

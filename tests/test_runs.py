@@ -216,6 +216,30 @@ def begin(tmp_path, **settings) -> common.Run:
     return record
 
 
+def test_a_signal_in_an_evaluation_is_no_failed_evaluation(tmp_path, capsys, monkeypatch):
+    """The only message is that the run was stopped."""
+    record = begin(tmp_path, steps=1, eval_every=1)
+    record.actor.act = None
+    monkeypatch.setattr(common, "evaluate", lambda *_: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(SystemExit):
+        record.step(1, {})
+    error = capsys.readouterr().err
+    assert "stopped; the same command with --resume" in error and "failed" not in error
+    record.close()
+
+
+def test_a_signal_ends_a_resumed_run_at_once_where_only_the_score_is_missing(tmp_path, capsys):
+    record = begin(tmp_path, steps=1, eval_every=1, eval_episodes=0)
+    record.step(1, {})
+    record.close()
+    again = common.Run(replace(record.args, resume=True), record.data)
+    again.begin(record.learned, record.actor)
+    with pytest.raises(SystemExit):
+        signal.raise_signal(signal.SIGTERM)
+    assert "stopped" in capsys.readouterr().err
+    again.close()
+
+
 def test_a_checkpoint_without_an_evaluation(tmp_path):
     """run.save, as after a fit that comes before the first update: it resumes from there, and
     nothing is due."""
