@@ -46,8 +46,9 @@ easily far too large; weight, the mean of f′(e) / w, would be 1 if it were a d
 
 Run:     python algorithms/algae_dice.py --env hopper-medium
          python algorithms/algae_dice.py --env hopper-medium --online-share 1
-Expect:  as SAC offline: near 0 on MuJoCo's data; it learns from data that hold every action
-         everywhere, such as pendulum-random. Scores and curves: results/README.md.
+Expect:  as SAC offline: near 0 on hopper-medium, about a clone's score on its replay buffer; it
+         learns from data that hold every action everywhere, such as pendulum-random.
+         Scores and curves: results/README.md.
 """
 import copy
 import math
