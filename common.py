@@ -91,7 +91,7 @@ def say(message: str) -> None:
     try:
         tqdm.write(message)
         sys.stdout.flush()
-    except BrokenPipeError:
+    except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -387,7 +387,7 @@ def run_folder(args, algorithm: str) -> Path:
     """Where a run is recorded; of a file's path only its name counts."""
     env = Path(args.env).stem if is_file(args.env) else args.env
     env = re.sub(r"[^\w.-]", "_", env)
-    return Path(args.out).expanduser() / algorithm / env / f"seed{args.seed}"
+    return Path(os.path.expanduser(args.out)) / algorithm / env / f"seed{args.seed}"
 
 
 def take_folder(folder: Path, resume: bool = False):
@@ -456,13 +456,19 @@ class Run:
         from torch.utils.tensorboard import SummaryWriter  # slow to import, so after the checks
 
         # events after the checkpoint will be written again, those of a due evaluation as well
-        self.writer = SummaryWriter(self.folder, purge_step=step if self.due else step + 1)
+        try:
+            self.writer = SummaryWriter(self.folder, purge_step=step if self.due else step + 1)
+        except OSError as error:
+            fail(f"could not write {self.folder}: {error}")
         say(f"{self.algorithm} on {self.data.name} ({self.data.size:,} transitions), "
             f"writes {self.folder}")
         self.bar = tqdm(total=self.args.steps, initial=step, unit=" updates", leave=False,
                         mininterval=0.2 if sys.stderr.isatty() else 30)
         self.handlers = {}
-        for number in (signal.SIGINT, signal.SIGTERM):
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
+            numbers.append(signal.SIGHUP)  # the terminal was closed; nohup ignores it
+        for number in numbers:
             self.handlers[number] = signal.signal(number, self._on_signal)
         if self.due:  # the last process ended between a checkpoint and its evaluation
             self._evaluate_due()
@@ -539,7 +545,8 @@ class Run:
         """Gives back what begin took: signals, bar, events, folder."""
         self._restore_signals()
         self.bar.close()
-        self.writer.close()
+        with suppress(OSError):  # a full disk; what it must hold was written before
+            self.writer.close()
         self.lock.close()
 
     def _fail(self, message: str) -> NoReturn:
@@ -551,12 +558,12 @@ class Run:
             signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame) -> None:
-        """Ctrl-C or SIGTERM: the run ends after the update under way, when it is saved.
+        """Ctrl-C, SIGTERM or a closed terminal: the update under way is the last, and is saved.
 
         It ends at once where everything is saved already, and at the second Ctrl-C. A second
         SIGTERM changes nothing: Slurm sends one to each process of a job, and parents forward it.
         """
-        if self.unsaved and (not self.stop or number == signal.SIGTERM):
+        if self.unsaved and (not self.stop or number != signal.SIGINT):
             self.stop = True
             return
         self._restore_signals()
@@ -885,6 +892,8 @@ def read_file(path: Path, eval_env: str) -> Source:
     if eval_env not in ("auto", "none"):
         env_name = eval_env
     env = env_with_such_obs(env_name, columns["obs"])
+    if env is None and eval_env == "none":
+        env_name = None  # the body is another one than the file's name says
     timeouts = arrays.get("timeouts", np.zeros(count))
     if timeouts.any():  # some files have the key, and nothing in it
         columns["truncated"] = timeouts.astype(bool).reshape(count)
@@ -949,6 +958,15 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
         if array.size != count:
             fail(f"{path}: {key} must be one number per row, its shape is {array.shape}")
         check_numbers(f"{path}: {key}", array, flags=key != "rewards")
+    over = np.mean(arrays.get("terminals", 0))
+    if 0.5 < over < 1:
+        notice(f"{over:.0%} of the rows of {path} are terminals; if they are masks, 1 - done, turn "
+               "them round")
+    used = [array.reshape(count, -1).any(axis=1) for array in arrays.values()]
+    empty = count - 1 - np.flatnonzero(np.any(used, axis=0)).max(initial=-1)
+    if empty > 1:
+        notice(f"the last {empty} rows of {path} are zero in every column; if a buffer was not "
+               "full, cut them off")
     return arrays
 
 
@@ -1007,7 +1025,16 @@ def find_ends(name: str, columns: dict[str, np.ndarray], env: gym.Env | None) ->
 
 
 def check_cuts(name: str, columns: dict[str, np.ndarray]) -> None:
-    """Says so where next_obs at every timeout may be what a reset gave, not what followed."""
+    """Says so where next_obs is not the next row's obs within an episode, and where next_obs at
+    every timeout may be what a reset gave, not what followed."""
+    next_obs, obs = columns["next_obs"][:-1], columns["obs"][1:]
+    exact = next_obs.dtype.kind in "biu"
+    same = next_obs == obs if exact else np.isclose(next_obs, obs, rtol=1e-4, atol=1e-5)
+    within = ~(columns["truncated"] | columns["terminated"])[:-1]
+    breaks = int((within & ~same.all(axis=tuple(range(1, same.ndim)))).sum())
+    if breaks:
+        notice(f"in {breaks} rows of {name} next_observations are not the next row's observations, "
+               "and no end is marked there; put one episode after the other, and mark each end")
     cuts = np.flatnonzero(columns["truncated"][:-1] & ~columns["terminated"][:-1])
     if len(cuts) and np.array_equal(columns["next_obs"][cuts], columns["obs"][cuts + 1]):
         notice(f"at every timeout of {name} next_observations are the next row's observations; if "
@@ -1143,9 +1170,10 @@ def scale_actions(name: str, action: np.ndarray,
     with np.errstate(over="ignore"):  # some write the largest number for infinity
         unbounded = ~np.isfinite(np.float32(high) - np.float32(low))
     if unbounded.any():
-        notice(f"{name} has no finite action bounds; its smallest and largest actions are taken")
         low = np.where(unbounded, action.min(axis=0), low)
         high = np.where(unbounded, action.max(axis=0), high)
+        notice(f"{name} has no finite action bounds; its smallest and largest actions are taken, "
+               f"from {low.min():.4g} to {high.max():.4g}")
         still = np.flatnonzero(unbounded & (low == high)).tolist()
         if still:
             notice(f"{name} never changes its actions {still}; a policy may, by up to 1")
@@ -1286,7 +1314,7 @@ def write_atomically(path: Path, write: Callable, report: Callable = fail) -> No
         write(part)
         part.replace(path)
     except (OSError, RuntimeError) as error:  # torch.save calls a full disk a RuntimeError
-        report(f"could not write {path}: {error}")
+        report(f"could not write {path}; is the disk full? {error}")
     finally:
         with suppress(OSError):
             part.unlink()

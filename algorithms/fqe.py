@@ -159,17 +159,23 @@ def find_policies(given: tuple[str, ...]) -> list[Path]:
     return paths
 
 
-def load_policies(paths: list[Path], data: Dataset) -> dict:
+def load_policies(paths: list[Path], data: Dataset, holdout: float = 0.0) -> dict:
     """{path: act} of the policies; those that the data can't judge are left out, by name."""
     acts = {}
     for path in paths:
         act = load_policy(path, data.device)
-        own_spec = torch.load(path, map_location="cpu", weights_only=True)["env_spec"]
-        reason = misfit(act, own_spec, data)
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        reason = misfit(act, saved["env_spec"], data)
+        if reason is None and np.prod(saved["init"][0]) != data.obs_dim:  # (B, 1) would broadcast
+            reason = f"is for other observations or actions than those of {data.name}"
         if reason:
             notice(f"left out: {path} {reason}")
         else:
             acts[path] = act
+        with suppress(OSError, ValueError, KeyError):  # there is no such file
+            trained = json.loads(path.with_name("settings.json").read_text())["holdout"]
+            if trained < holdout:
+                notice(f"{path} was trained with --holdout {trained} and has seen these episodes")
     if not acts:
         fail("--policies: no policy is left")
     return acts
@@ -194,7 +200,10 @@ def misfit(act, own_spec: str | None, data: Dataset) -> str | None:
 def rollout_return(path: Path, act, data: Dataset, args: Args) -> float:
     """The mean return: from the policy's own run, if that is beside it; otherwise it plays."""
     with suppress(OSError, ValueError, KeyError, TypeError):  # there is none, or it is damaged
-        result = json.loads(path.with_name("result.json").read_text())
+        record = path.with_name("result.json")
+        if record.stat().st_mtime < path.stat().st_mtime:
+            raise ValueError("the record of an earlier policy")
+        result = json.loads(record.read_text())
         returns = np.array(result["final_returns"], float)
         if returns.ndim == 1 and len(returns) and np.isfinite(returns).all():
             return float(returns.mean())
@@ -356,7 +365,7 @@ def train(args: Args) -> None:
     paths = find_policies(args.policies)
     data = load_dataset(args.env, args.device, eval_env=args.eval_env, holdout=args.holdout,
                         held_out=args.holdout > 0)
-    policies = load_policies(paths, data)
+    policies = load_policies(paths, data, args.holdout)
     acts = list(policies.values())
     use_threads(args.threads, gflop=0.14 * len(acts))
     returns = None

@@ -9,6 +9,7 @@ updates, and copies the finished run's result.json to results/scores/<algorithm>
 from which report.py makes tables and pictures. Results of many machines are merged by path.
 """
 import argparse
+import importlib
 import json
 import os
 import re
@@ -19,9 +20,11 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "algorithms")]  # finds common.py and the algorithms
 LIGHT = {  # name of the result: the file and its arguments
     "bc": "bc.py --steps 100000",
     "td3_bc": "td3_bc.py --steps 300000",
@@ -140,7 +143,7 @@ def lines(options) -> list[str]:
             for name, command in files.items():
                 if options.only not in (None, name) or options.env not in (None, env):
                     continue
-                if options.steps:
+                if options.steps is not None:
                     command = re.sub(r"--steps \d+", f"--steps {options.steps}", command)
                 # a study's runs differ in a setting only, so each needs a place of its own
                 out = f"{options.out}/{name}" if name in ONE_AT_A_TIME else options.out
@@ -148,7 +151,7 @@ def lines(options) -> list[str]:
                 for seed in seeds_of(options.seeds or seeds):
                     chosen.append(
                         f"python results/grid.py {history}--run {name} algorithms/{command}{every} "
-                        f"--env {env} --seed {seed} --threads 1 --out {out}")
+                        f"--env {env} --seed {seed} --threads 1 --out {shlex.quote(out)}")
     return chosen
 
 
@@ -162,6 +165,20 @@ def keep(folder: Path) -> None:
             shutil.copy(checkpoint, copy)
 
 
+def other_settings(result: dict, command: list[str]) -> list[str]:
+    """What a finished run has set otherwise than this command would."""
+    file = importlib.import_module(Path(command[0]).stem)  # late: it brings torch
+    from common import MAY_CHANGE
+
+    import tyro
+
+    free = set(MAY_CHANGE) - {"final_episodes", "eval_env"}
+    usual = file.Args(**getattr(file, "TUNED", {}).get(result.get("env"), {}))
+    wanted = asdict(tyro.cli(file.Args, default=usual, args=command[1:]))
+    return [f"{key} {value}" for key, value in result.get("args", {}).items()
+            if key not in free and wanted.get(key) != value]
+
+
 def run(name: str, command: list[str], history: bool) -> int:
     """One run: skipped where it is finished, resumed where it was stopped; its result is copied."""
     def value(option: str) -> str:
@@ -169,9 +186,14 @@ def run(name: str, command: list[str], history: bool) -> int:
 
     env, seed = value("--env"), value("--seed")
     algorithm = Path(command[0]).stem if name in ONE_AT_A_TIME else name
-    folder = ROOT / value("--out") / algorithm / env / f"seed{seed}"
+    folder = ROOT / os.path.expanduser(value("--out")) / algorithm / env / f"seed{seed}"
     result = folder / "result.json"
-    done = json.loads(result.read_text())["steps"] if result.exists() else 0
+    before = json.loads(result.read_text()) if result.exists() else {"steps": 0}
+    done = before["steps"]
+    other = other_settings(before, command) if done else []
+    if other:
+        sys.exit(f"error: {folder} is of another run ({', '.join(other)}); move it, or give "
+                 "another --out")
     if done < int(value("--steps")):
         resume = ["--resume"] if (folder / "checkpoint.pt").exists() else []
         if done and algorithm == "iql":
@@ -204,8 +226,13 @@ def main() -> int:
     parser.add_argument("--list", action="store_true", help="print the commands, run nothing")
     parser.add_argument("--run", nargs=argparse.REMAINDER, help="a line of the list: NAME COMMAND")
     options = parser.parse_args()
-    if options.run:
+    if options.run is not None:
+        for needed in ("--env", "--seed", "--steps", "--out"):
+            if needed not in options.run[:-1]:
+                parser.error(f"--run needs a whole line of --list; {needed} is missing")
         return run(options.run[0], options.run[1:], options.history)
+    if options.jobs < 1:
+        parser.error(f"--jobs {options.jobs}: at least one run at a time")
     try:
         commands = lines(options)
     except ValueError:

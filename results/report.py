@@ -443,8 +443,10 @@ def progress_of(run: Path) -> str:
 
     steps = json.loads((run / "settings.json").read_text())["steps"]
     checkpoint = run / "checkpoint.pt"
+    result = {}
     if (run / "result.json").exists():
         result = json.loads((run / "result.json").read_text())
+    if result.get("steps", 0) >= steps:  # else a longer run is under way
         score = "–" if result["score"] is None else f"{result['score']:.1f}"
         return (f"{result['steps']:>12,}{result['steps']:>12,}{score:>12}"
                 f"{result['updates_per_second']:>11.1f}{'finished':>12}")

@@ -335,7 +335,8 @@ def test_what_a_file_does_not_say_gets_a_note(capsys):
         load(save("log.npz", arrays), eval_env="none")
         return " ".join(notes(capsys))
 
-    assert not any(word in noted() for word in ("left out", "only its", "reset", "never changes"))
+    words = ("left out", "only its", "reset", "never changes", "are zero", "next row's", "masks")
+    assert not any(word in noted() for word in words)
     assert "4 of 40 rows of log.npz are left out" in noted(next_observations=None)
     one_end = np.arange(40) == 39
     assert "only its 1 terminals end an episode" in noted(
@@ -343,6 +344,11 @@ def test_what_a_file_does_not_say_gets_a_note(capsys):
     )
     after = np.roll(columns()["observations"], -1, axis=0)
     assert "if a reset lies between" in noted(next_observations=after)
+    mixed = {key: array[np.arange(40).reshape(4, 10).T.ravel()] for key, array in columns().items()}
+    assert "in 36 rows of log.npz next_observations are not the next row's" in noted(**mixed)
+    unused = {key: np.concatenate([array, 0 * array]) for key, array in columns().items()}
+    assert "the last 40 rows of log.npz are zero in every column" in noted(**unused)
+    assert "98% of the rows of log.npz are terminals" in noted(terminals=np.arange(40) < 39)
     choices = np.eye(2, dtype=np.int64)[np.arange(40) % 2]
     assert "whole numbers in 2 columns as actions" in noted(actions=choices)
     still = np.stack([columns()["actions"][:, 0], np.full(40, 0.5, np.float32)], axis=1)

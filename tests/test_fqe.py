@@ -2,6 +2,7 @@
 refuse."""
 import copy
 import json
+import os
 
 import common
 
@@ -434,6 +435,39 @@ def test_a_policy_without_a_record_plays(monkeypatch, tmp_path, record):
         == 1
     )
     assert seen == [(PENDULUM, 3)]
+
+
+def test_the_record_of_an_earlier_policy_does_not_count(monkeypatch, tmp_path):
+    """A longer run that was stopped in its last evaluation has a new policy and an old result."""
+    monkeypatch.setattr(fqe, "evaluate", lambda *_: np.full(2, 7.0))
+    path = tmp_path / "one" / "policy.pt"
+    save(path.parent, linear_policy(0.5), returns=(1.0, 1.0))
+    data, act = tiny_data(action_dim=1), common.load_policy(path)
+    for age, expected in ((-10, 7), (10, 1)):
+        written = path.stat().st_mtime + age
+        os.utime(path.with_name("result.json"), (written, written))
+        assert fqe.rollout_return(path, act, data, Args(policies=(str(path),))) == expected
+
+
+def test_observations_of_another_width_are_left_out_also_where_they_would_broadcast(
+    tmp_path, capsys
+):
+    data = tiny_data(action_dim=1)
+    data.obs, data.obs_dim = data.obs[:, :1], 1
+    data.env_spec = data.recorded_env = None
+    save(tmp_path / "one", linear_policy(0.5))
+    with pytest.raises(SystemExit):
+        fqe.load_policies([tmp_path / "one" / "policy.pt"], data)
+    assert "is for other observations" in capsys.readouterr().err
+
+
+def test_a_policy_that_has_seen_the_episodes_is_told(tmp_path, capsys):
+    folder = tmp_path / "one"
+    save(folder, linear_policy(0.5))
+    for own, told in ((0.0, True), (0.1, False)):
+        (folder / "settings.json").write_text(json.dumps({"holdout": own}))
+        fqe.load_policies([folder / "policy.pt"], tiny_data(action_dim=1), holdout=0.1)
+        assert ("has seen these episodes" in capsys.readouterr().err) == told
 
 
 def test_classes_of_other_files_are_found(tmp_path):

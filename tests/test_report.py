@@ -2,9 +2,12 @@
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 
 import pytest
+import td3_bc
 import torch
+import tyro
 from conftest import ROOT
 
 sys.path.append(str(ROOT / "results"))
@@ -29,12 +32,15 @@ def test_progress_shows_every_run_and_names_what_cannot_be_read(tmp_path, capsys
     done = json.dumps({"steps": 100, "score": None, "updates_per_second": 7.0})
     make_run(tmp_path, "bc", settings_json=settings, checkpoint_pt=half)
     make_run(tmp_path, "iql", settings_json=settings, result_json=done)
+    longer = dict(settings_json=json.dumps({"steps": 200}), result_json=done, checkpoint_pt=half)
+    make_run(tmp_path, "td3_bc", **longer)
     make_run(tmp_path, "awac", settings_json=settings)
     make_run(tmp_path, "crr", settings_json="")
     make_run(tmp_path, "sac", settings_json=settings, checkpoint_pt="{half")
     report.progress(tmp_path)
     rows = {line.split("/")[0]: line for line in capsys.readouterr().out.splitlines()[1:]}
     assert rows["bc"].split()[1:5] == ["50", "100", "12.3", "10.0"]
+    assert rows["td3_bc"].split()[1:3] == ["50", "200"], "a finished run that goes on"
     assert "finished" in rows["iql"] and "–" in rows["iql"] and "no checkpoint yet" in rows["awac"]
     assert "can't be read" in rows["crr"] and "can't be read" in rows["sac"]
 
@@ -127,6 +133,35 @@ def test_the_grid_refuses_what_fits_no_run(options):
     refused = run_grid("--list", *options)
     assert refused.returncode == 2 and not refused.stdout and "error: " in refused.stderr
     assert "Traceback" not in refused.stderr
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--run"], "--env is missing"),
+        (["--run", "bc", "algorithms/bc.py", "--env"], "--env is missing"),
+        (["--jobs", "0"], "at least one run at a time"),
+    ],
+)
+def test_a_line_of_the_grid_that_is_not_whole_runs_nothing(options, message):
+    refused = run_grid(*options)
+    assert refused.returncode == 2 and message in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+@pytest.mark.parametrize("own", [["--q-weight", "100"], ["--final-episodes", "2"]])
+def test_the_grid_takes_no_result_of_other_settings(tmp_path, monkeypatch, own):
+    """What someone ran by hand in the same folder is no result of the grid."""
+    monkeypatch.setattr(grid, "ROOT", tmp_path)
+    command = "algorithms/td3_bc.py --env hopper-medium --seed 0 --out runs --steps 30".split()
+    folder = tmp_path / "runs" / "td3_bc" / "hopper-medium" / "seed0"
+    folder.mkdir(parents=True)
+    args = asdict(tyro.cli(td3_bc.Args, args=[*command[1:], *own]))
+    (folder / "result.json").write_text(json.dumps({"steps": 30, "env": args["env"], "args": args}))
+    with pytest.raises(SystemExit, match="is of another run"):
+        grid.run("td3_bc", command, history=False)
+    assert not (tmp_path / "results").exists()
+    assert grid.run("td3_bc", command + own, history=False) == 0
 
 
 @pytest.mark.parametrize("name, longer", [("td3_bc", ["--resume"]), ("iql", [])])

@@ -207,6 +207,22 @@ def test_a_second_signal_ends_the_run_at_once(tmp_path, capsys):
     record.close()
 
 
+def test_a_closed_terminal_saves_and_ends_the_run(tmp_path):
+    """SIGHUP is as SIGTERM, but for a run that shall outlive its terminal, as nohup starts it."""
+    record = begin(tmp_path, steps=100)
+    record.step(1, {})
+    signal.raise_signal(signal.SIGHUP)
+    assert record.stop
+    record.close()
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    record = begin(tmp_path, steps=100)
+    record.step(1, {})
+    signal.raise_signal(signal.SIGHUP)
+    assert not record.stop
+    record.close()
+    signal.signal(signal.SIGHUP, before)
+
+
 def begin(tmp_path, **settings) -> common.Run:
     """A run of bc.py without bc.py."""
     args = importlib.import_module("bc").Args(out=str(tmp_path), device="cpu", **settings)
