@@ -201,10 +201,13 @@ def run(name: str, command: list[str], history: bool) -> int:
         child = subprocess.Popen([sys.executable, *command, *resume], cwd=ROOT,
                                  env=os.environ | {"OMP_NUM_THREADS": "1"})
         signal.signal(signal.SIGTERM, lambda *_: child.terminate())  # it saves and leaves
-        while child.poll() is None:
-            time.sleep(1)
-            if history:
-                keep(folder)
+        try:
+            while child.poll() is None:
+                time.sleep(1)
+                if history:
+                    keep(folder)
+        except KeyboardInterrupt:
+            child.wait()  # Ctrl-C reached it, too: it saves and leaves
         if child.returncode:
             return child.returncode
     committed = ROOT / "results" / "scores" / name / env / f"seed{seed}.json"

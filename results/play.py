@@ -145,6 +145,8 @@ def main() -> None:
             returns = evaluate(act, env_spec, options.episodes, options.seed)
             if options.video:
                 films.append(film(act, env_spec, options.seed, options.most_steps))
+        except KeyboardInterrupt:
+            fail("stopped")
         except (Exception, SystemExit) as error:  # whatever an environment may raise
             if isinstance(error, SystemExit) and error.code == 2:
                 raise  # a message of ours

@@ -164,6 +164,27 @@ def test_the_grid_takes_no_result_of_other_settings(tmp_path, monkeypatch, own):
     assert grid.run("td3_bc", command + own, history=False) == 0
 
 
+def test_ctrl_c_waits_for_the_run(tmp_path, monkeypatch):
+    """The signal reaches the run, too, which saves and leaves; its exit code is the grid's."""
+    class Child:
+        returncode = 0
+
+        def __init__(self, *_, **__):
+            pass
+
+        def poll(self):
+            raise KeyboardInterrupt
+
+        def wait(self):
+            self.returncode = 2
+
+    monkeypatch.setattr(grid, "ROOT", tmp_path)
+    monkeypatch.setattr(grid.subprocess, "Popen", Child)
+    monkeypatch.setattr(grid.signal, "signal", lambda *_: None)
+    command = "algorithms/bc.py --env d --seed 0 --out runs --steps 30".split()
+    assert grid.run("bc", command, history=False) == 2 and not (tmp_path / "results").exists()
+
+
 @pytest.mark.parametrize("name, longer", [("td3_bc", ["--resume"]), ("iql", [])])
 def test_the_grid_runs_what_has_too_few_updates(tmp_path, monkeypatch, name, longer):
     """A result of fewer updates than asked for is no finished run: the run goes on where it was.
