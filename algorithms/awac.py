@@ -42,8 +42,8 @@ policy has left the data: raise --beta. effective_share need not warn of it: wit
 at 0.3 in one such run. Near 1/B one action gets all the weight.
 
 Run:     python algorithms/awac.py --env hopper-medium
-Expect:  above a clone on hopper-medium, far above it on hopper-medium-replay, with evaluations that
-         swing. Scores and curves: results/README.md.
+Expect:  far above a clone on hopper-medium-replay; on hopper-medium as a clone, now above it and
+         now below, as evaluations swing. Scores and curves: results/README.md.
 """
 import copy
 import math
