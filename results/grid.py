@@ -179,6 +179,14 @@ def other_settings(result: dict, command: list[str]) -> list[str]:
             if key not in free and wanted.get(key) != value]
 
 
+def data_now(result: dict) -> dict:
+    """What is known of the dataset that the run of this result would learn from now."""
+    from common import load_dataset
+
+    holdout = result["args"]["holdout"]
+    return load_dataset(result["env"], "cpu", None, True, "none", holdout=holdout).describe()
+
+
 def run(name: str, command: list[str], history: bool) -> int:
     """One run: skipped where it is finished, resumed where it was stopped; its result is copied."""
     def value(option: str) -> str:
@@ -194,6 +202,9 @@ def run(name: str, command: list[str], history: bool) -> int:
     if other:
         sys.exit(f"error: {folder} is of another run ({', '.join(other)}); move it, or give "
                  "another --out")
+    if done >= int(value("--steps")) and before["dataset"] != data_now(before):
+        sys.exit(f"error: {folder} has learned from other data of the name {env} than are there "
+                 "now; move it, or give another --out")
     if done < int(value("--steps")):
         resume = ["--resume"] if (folder / "checkpoint.pt").exists() else []
         if done and algorithm == "iql":

@@ -45,6 +45,7 @@ D4RL_V2 = {  # mean, standard deviation and maximum of the returns of D4RL's v2 
     "walker2d-expert": (4920.51, 136.39, 5011.69),
 }
 MOST_PANELS = 8
+RESULT_KEYS = {"env", "seed", "steps", "args", "dataset", "curve", "score", "updates_per_second"}
 YOUNGER = ("td3_bc", "rebrac", "iql", "awac", "crr", "plas", "decision_transformer", "edac",
            "edac-sac-n", "msg", "algae_dice")  # methods that the notes' tables do not have
 
@@ -143,9 +144,18 @@ def draw_datasets(rows: dict[str, dict]) -> None:
 def committed() -> dict[str, dict[str, list[dict]]]:
     """{dataset: {name of the run in grid.py: [result of each seed]}}."""
     results = defaultdict(lambda: defaultdict(list))
-    for path in sorted((HERE / "scores").glob("*/*/seed*.json")):
+    for path in sorted((HERE / "scores").glob("*/*/*.json")):
         name, env = path.parts[-3:-1]
-        results[env][name].append(json.loads(path.read_text()))
+        if not re.fullmatch(r"seed\d+\.json", path.name):
+            fail(f"{path} is none of the grid's results, which are called seed<k>.json")
+        try:
+            result = json.loads(path.read_text())
+            missing = RESULT_KEYS - set(result)
+        except (OSError, ValueError, TypeError) as error:
+            fail(f"{path} can't be read: {error}")
+        if missing:
+            fail(f"{path} is no result of a run: it lacks {', '.join(sorted(missing))}")
+        results[env][name].append(result)
     return results
 
 

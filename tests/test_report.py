@@ -4,6 +4,8 @@ import subprocess
 import sys
 from dataclasses import asdict
 
+import bc
+import numpy as np
 import pytest
 import td3_bc
 import torch
@@ -153,15 +155,50 @@ def test_a_line_of_the_grid_that_is_not_whole_runs_nothing(options, message):
 def test_the_grid_takes_no_result_of_other_settings(tmp_path, monkeypatch, own):
     """What someone ran by hand in the same folder is no result of the grid."""
     monkeypatch.setattr(grid, "ROOT", tmp_path)
+    monkeypatch.setattr(grid, "data_now", lambda result: result["dataset"])
     command = "algorithms/td3_bc.py --env hopper-medium --seed 0 --out runs --steps 30".split()
     folder = tmp_path / "runs" / "td3_bc" / "hopper-medium" / "seed0"
     folder.mkdir(parents=True)
     args = asdict(tyro.cli(td3_bc.Args, args=[*command[1:], *own]))
-    (folder / "result.json").write_text(json.dumps({"steps": 30, "env": args["env"], "args": args}))
+    result = {"steps": 30, "env": args["env"], "args": args, "dataset": {}}
+    (folder / "result.json").write_text(json.dumps(result))
     with pytest.raises(SystemExit, match="is of another run"):
         grid.run("td3_bc", command, history=False)
     assert not (tmp_path / "results").exists()
     assert grid.run("td3_bc", command + own, history=False) == 0
+
+
+def test_the_grid_takes_no_result_of_other_data(tmp_path, monkeypatch):
+    """The dataset was built anew, or the file was changed, after the end of the run."""
+    monkeypatch.setattr(grid, "ROOT", tmp_path)
+    columns = {
+        "observations": np.zeros((20, 2), np.float32),
+        "actions": np.linspace(-1, 1, 20, dtype=np.float32)[:, None],
+        "rewards": np.arange(20.0),
+        "terminals": np.arange(20) % 5 == 4,
+    }
+    file = tmp_path / "own.npz"
+    np.savez(file, **columns)
+    options = ["--seed", "0", "--out", "runs", "--steps", "3", "--eval-env", "none"]
+    monkeypatch.chdir(tmp_path)
+    bc.train(tyro.cli(bc.Args, args=["--env", str(file), *options]))
+    (tmp_path / "runs" / "bc" / "own").rename(tmp_path / "runs" / "bc" / "d")
+    command = ["algorithms/bc.py", "--env", "d", *options]
+    assert grid.run("bc", command, history=False) == 0
+    np.savez(file, **columns | {"rewards": columns["rewards"] + 1})
+    with pytest.raises(SystemExit, match="has learned from other data"):
+        grid.run("bc", command, history=False)
+
+
+@pytest.mark.parametrize("content", ["", "[1]", "{}", "7"])
+def test_a_damaged_result_is_named(tmp_path, monkeypatch, capsys, content):
+    file = tmp_path / "scores" / "bc" / "d" / "seed0.json"
+    file.parent.mkdir(parents=True)
+    file.write_text(content)
+    monkeypatch.setattr(report, "HERE", tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        report.committed()
+    assert stop.value.code == 2 and str(file) in capsys.readouterr().err
 
 
 def test_ctrl_c_waits_for_the_run(tmp_path, monkeypatch):
@@ -197,7 +234,7 @@ def test_the_grid_runs_what_has_too_few_updates(tmp_path, monkeypatch, name, lon
         def __init__(self, command, **_):
             steps = command[command.index("--steps") + 1]
             asked.append(command[1 + command.index(str(steps)):])
-            (folder / "result.json").write_text(json.dumps({"steps": int(steps)}))
+            (folder / "result.json").write_text(json.dumps({"steps": int(steps), "dataset": {}}))
 
         def poll(self):
             return 0
@@ -205,6 +242,7 @@ def test_the_grid_runs_what_has_too_few_updates(tmp_path, monkeypatch, name, lon
     monkeypatch.setattr(grid, "ROOT", tmp_path)
     monkeypatch.setattr(grid.subprocess, "Popen", Child)
     monkeypatch.setattr(grid.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(grid, "data_now", lambda result: result["dataset"])
     folder = tmp_path / "runs" / name / "d" / "seed0"
     folder.mkdir(parents=True)
     (folder / "checkpoint.pt").touch()
