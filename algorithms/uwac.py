@@ -43,7 +43,8 @@ Differences from the official code (apple/ml-uwac, whose script imports a file t
 
 Watch: weight, the mean of w in (E5). V has the square of Q's unit: near 1 UWAC is BEAR, near 0
 nothing is learned (lower --beta, or scale rewards down). ‖W‖₂ ≈ 1 lets Q change by about 1.24 per
-unit of (s, a), so large returns are fitted slowly. mmd and multiplier: as in bear.py.
+unit of (s, a), so large returns are fitted slowly, and differences between actions may not fit at
+all: Pendulum's rewards times 0.01 do (tests/test_learning.py). mmd, multiplier: as in bear.py.
 
 Run:     python algorithms/uwac.py --env hopper-medium
 Expect:  slow: the committed runs have 5,000 updates, too few to tell it from BEAR, whose ε and

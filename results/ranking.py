@@ -27,6 +27,7 @@ import style
 from common import fail
 
 import matplotlib.pyplot as plt
+from matplotlib.ticker import MaxNLocator
 
 
 def draw(results: list[dict]) -> None:
@@ -59,7 +60,9 @@ def draw_ranks(one: dict, axis: plt.Axes) -> None:
                 f"{policy['return_mean']:.0f}, {policy['estimate']:.0f}")
         axis.annotate(text, (x, y), fontsize=8, xytext=(5, -2), textcoords="offset points")
     axis.plot([1, len(policies)], [1, len(policies)], color=style.TRUTH, linewidth=0.8)
-    axis.set_xlim(right=1.3 * len(policies))
+    axis.set_xlim(right=1.45 * len(policies))  # room for the labels
+    for side in (axis.xaxis, axis.yaxis):
+        side.set_major_locator(MaxNLocator(integer=True))
     correlation = "undefined" if one["spearman"] is None else f"{one['spearman']:.2f}"
     axis.set(title=f"{one['env']}: Spearman's correlation {correlation}",
              xlabel="rank by the mean return of rollouts", ylabel="rank by FQE's estimate")

@@ -7,6 +7,7 @@ are those of the files. """
 import importlib
 import json
 import os
+from pathlib import Path
 
 import common
 
@@ -40,6 +41,7 @@ LONG = (
     "morel",
     "plas",
     "rem",
+    "uwac",
 )
 
 
@@ -90,7 +92,7 @@ def final_return(
                 **settings,
             )
         )
-    result = json.loads((run_of(name, out, env, seed) / "result.json").read_text())
+    result = json.loads((run_of(name, out, Path(env).stem, seed) / "result.json").read_text())
     return float(np.mean(result["final_returns"])), result["dataset"]["return_mean"]
 
 
@@ -241,6 +243,36 @@ def test_it_learns_from_random_actions(name, settings, tmp_path):
     from these they swing the pendulum up."""
     result, data = final_return(name, tmp_path, RANDOM, **settings)
     assert result > data + 300, (result, data)
+
+
+def test_uwac_learns_from_small_rewards(suite, tmp_path):
+    """The same random actions with a hundredth of the reward: the spectral norm bounds the slope of
+    Q, and with larger rewards (a twentieth, a tenth) this run ends no better than the data."""
+    data = common.load_dataset(RANDOM, "cpu")
+    scale = 0.01
+    np.savez(
+        tmp_path / "small.npz",
+        observations=data.obs,
+        actions=data.action_mid + data.action_half * data.action,
+        rewards=scale * data.reward,
+        next_observations=data.next_obs,
+        terminals=data.terminated,
+        timeouts=data.truncated,
+    )
+    settings = CALM | {
+        "steps": 4000,
+        "gamma": 0.9,
+        "vae_lr": 1e-3,
+        "warm_up_steps": 300,
+        "num_samples": 3,
+        "bandwidth": 1.0,
+        "max_mmd": 0.4,
+        "multiplier_lr": 1e-2,
+        "constants": {"HIDDEN": (256, 256)},
+        "eval_env": "Pendulum-v1",
+    }
+    result, mean = final_return("uwac", tmp_path, str(tmp_path / "small.npz"), **settings)
+    assert result > mean / scale + 300, (result, mean / scale)
 
 
 def test_cql_beats_the_data(tmp_path):

@@ -15,6 +15,7 @@ from helpers import (
     flat,
     flat_grad,
     make,
+    one_state_data,
     record_draws,
     silent_train,
     slow_dense,
@@ -690,3 +691,20 @@ def test_the_variance_is_larger_off_the_data(monkeypatch, seed):
     assert outside.mean() > 2 * inside.mean()
     weights = [uwac.uncertainty_weight(v, args).mean() for v in (inside, outside)]
     assert weights[0] > weights[1]
+
+
+def test_the_policy_beats_its_data_and_stays_near_them(monkeypatch):
+    """One state, for ever; data actions in [−½, ½] earn what they say, 0 on average. The policy
+    goes towards ½, as far as ε lets it: the MMD of one point u to actions spread over [−½, ½] is
+    near u. Q, of slope 1, is among those that the spectral norm permits."""
+    for name in ("HIDDEN", "VAE_HIDDEN"):
+        monkeypatch.setattr(uwac, name, (64, 64))
+    data = one_state_data(512)
+    data.action[:, 0] = data.reward[:] = torch.linspace(-0.5, 0.5, 512)
+    data.action_mid, data.action_half = torch.zeros(1), torch.ones(1)
+    rates = dict(vae_lr=5e-3, critic_lr=3e-3, actor_lr=3e-3, multiplier_lr=0.05, target_rate=0.2)
+    settings = dict(batch_size=32, gamma=0.5, num_samples=2, passes=3, bandwidth=1.0, max_mmd=0.3)
+    torch.manual_seed(0)
+    run = silent_train(monkeypatch, uwac, data, steps=500, warm_up_steps=100, **rates, **settings)
+    assert 0.15 < torch.tanh(run.actor(torch.zeros(1, 3), torch.randn(1, 999, 1))).mean() < 0.5
+    assert 0.15 < run.actor.act(torch.zeros(1, 3)).item() < 0.6
