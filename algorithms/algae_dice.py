@@ -5,13 +5,14 @@ Experience", arXiv 1912.02074.
 Notes: references, Nachum & Dai, "Reinforcement Learning via Fenchel-Rockafellar Duality", arXiv
 2001.01866.
 
-RL maximises a mean over d^π, what π would visit; offline there are samples of d^D only. So penalise
-their difference: max_π E_{d^π}[r] − λ E_D[(d^π/d^D)^q]/q. By Fenchel duality this is max_π min_Q of
-means over D and over first observations alone: (E4) up to a factor, with 1/p + 1/q = 1 and
-w = λ^{p−1}. At the minimum f′(e) = w d^π/d^D: f′ of Q's residual is the importance weight, up to w,
-and the gradient of π is the on-policy one, although no ratio of densities has been estimated.
+RL maximises the mean reward over d^π, the distribution of what π would visit. Offline there are
+samples of d^D only, the distribution of the data. So penalise their difference, with a weight λ:
+max_π E_{d^π}[r] − λ E_D[(d^π/d^D)^q]/q. By Fenchel duality this is max_π min_Q of means over D and
+over first observations alone: (E4) up to a factor, with 1/p + 1/q = 1 and w = λ^{p−1}. At the
+minimum f′(e) = w d^π/d^D: f′ of Q's residual is the importance weight, up to w, and the gradient of
+π is the on-policy one, although no ratio of densities has been estimated.
 
-  (E1) ã = tanh(u), u = μ(s) + σ(s)·ε,
+  (E1) ã = tanh(u), u = μ(s) + σ(s)·ε,  ε ~ N(0, I),
        log π(ã|s) = Σ_i [ log N(u_i; μ_i, σ_i²) − 2(log 2 − u_i − softplus(−2u_i)) ]
   (E2) Q̃_k(s, a) = κ Q_k(s, a) + (1 − κ) min_j Q̄_j(s, a)
   (E3) e_k = r + γ (1 − d) ( Q̃_k(s′, ã′) − α log π(ã′|s′) ) − Q_k(s, a),  ã′ ~ π(·|s′)
@@ -24,11 +25,12 @@ and the gradient of π is the on-policy one, although no ratio of densities has 
   (E8) Q̄ ← Q̄ + rate · (Q − Q̄)
 
 By default, as in the authors' code, this is not the objective above. With κ = 0.05 nearly all of
-the backup is a constant for the gradient of Q, as in Q-learning, and at rest f′(e) d^D is
-w (1 − γ) Σ_t (κγ)^t p_t, with p_t what π visits after t steps: 1.05 steps of weight in place of
-1 / (1 − γ). `--online-share 1` is the objective, but for the entropy, L_⊥ and the clip of f′. Its
-cost: duality asks for f of the mean e over s′ and ã′; f(e) of a single sample is larger on average,
-so the estimate is right only where transitions and policy are deterministic.
+the backup is a constant for the gradient of Q, as in Q-learning. Where that gradient is zero,
+f′(e) d^D is w (1 − γ) Σ_t (κγ)^t p_t, with p_t what π visits after t steps. The factors (κγ)^t add
+up to 1.05, not to 1 / (1 − γ): the first step counts for nearly all. `--online-share 1` is the
+objective, except for the entropy, L_⊥ and the clip of f′. Its cost: duality asks for f of the mean
+e over s′ and ã′; f(e) of a single sample is larger on average, so the estimate is right only where
+transitions and policy are deterministic.
 
 Shapes: B batch, S observation, A action, K = 2 critics. d is terminated: a truncated episode
 bootstraps. Observations are raw, actions lie in [-1, 1].
@@ -41,8 +43,10 @@ Differences from the authors' code (google-research/algae_dice):
 D4RL's "aDICE" runs this code with `terminals` where 1 − d belongs: it bootstraps only where an
 episode is over. Its scores near 0 measure that, and not the algorithm.
 
-Watch: q_initial against the discounted returns of evaluations. Nothing keeps π at the data, so Q is
-easily far too large; weight, the mean of f′(e) / w, would be 1 if it were a density ratio.
+Watch: q_initial against the discounted return that the policy earns. The returns that a run prints
+are not discounted; results/overestimation.py measures the discounted ones. Nothing keeps π at the
+data, so Q is easily far too large. weight, the mean of f′(e) / w, would be 1 if it were a density
+ratio.
 
 Run:     python algorithms/algae_dice.py --env hopper-medium
          python algorithms/algae_dice.py --env hopper-medium --online-share 1

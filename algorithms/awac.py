@@ -3,7 +3,8 @@
 Nair, Gupta, Dalal & Levine, "AWAC: Accelerating Online Reinforcement Learning with Offline
 Datasets", 2020, arXiv 2006.09359.
 Notes: Policy Constraints (软约束). Beyond the notes: AWAC solves their max E[Q] s.t. D(π, π_β) ≤ ε
-for D = KL in closed form, π ∝ π_β · exp(Â/β), and needs no estimate of π_β.
+for D = KL in closed form, π ∝ π_β · exp(Â/β), and needs no estimate of π_β, the policy behind the
+data. (The β of exp(Â/β) is a number.)
 
 AWAC learns Q of its own policy, as SAC does, and fits the policy by weighted cloning. One action ã
 of the policy stands for V(s). The weight is a softmax over the batch: its actions compete with each
@@ -13,7 +14,7 @@ One of four siblings that clone the data's actions a, each with a weight w (ã a
         advantage Â               unit of Â            weight w            cap  critic
   iql   Q̄(s, a) − V(s)            return range / 1000  exp(β Â)            100  V, then Q from V
   awac  Q(s, a) − Q(s, ã)         reward               softmax over batch  B    Q of π
-  crr   Q(s, a) − mean Q(s, ã_j)  reward               exp(Â/β) or 1[Â>0]  20   Q of π, with norms
+  crr   Q(s, a) − mean Q(s, ã_j)  reward               exp(Â/β) or 1[Â>0]  20   Q of π, layer norms
   awr   R − V(s)                  its std over data    exp(Â/β)            20   V of the data
 
   (E1) ã = clip( μ(s) + σ·ε, −1, 1 ),  ε ~ N(0, 1)
@@ -37,9 +38,10 @@ Differences from the official code (rail-berkeley/rlkit, awac_trainer.py):
      trainer's default, jaxrl and d3rlpy have 1, the official hand script 0.5. CORL's "AWAC" is
      another algorithm: min(exp(Â/β), 100), β = ⅓.
 
-Watch: q_data levels off below the data's largest discounted return. If it rises beyond that, the
-policy has left the data: raise --beta. effective_share need not warn of it: with β = 2 it was still
-at 0.3 in one such run. Near 1/B one action gets all the weight.
+Watch: q_data, a mean, levels off below the largest discounted return from any row of the data. If
+it rises beyond that, the policy has left the data: raise --beta. The score warns earlier: with
+β = 2 on hopper-medium it was low from the first evaluation on, and q_data rose to the end.
+effective_share need not warn: it was still at 0.3 then. Near 1/B one action gets all the weight.
 
 Run:     python algorithms/awac.py --env hopper-medium
 Expect:  far above a clone on hopper-medium-replay; on hopper-medium as a clone, now above it and

@@ -14,7 +14,7 @@ One of four siblings that clone the data's actions a, each with a weight w (ã a
         advantage Â               unit of Â            weight w            cap  critic
   iql   Q̄(s, a) − V(s)            return range / 1000  exp(β Â)            100  V, then Q from V
   awac  Q(s, a) − Q(s, ã)         reward               softmax over batch  B    Q of π
-  crr   Q(s, a) − mean Q(s, ã_j)  reward               exp(Â/β) or 1[Â>0]  20   Q of π, with norms
+  crr   Q(s, a) − mean Q(s, ã_j)  reward               exp(Â/β) or 1[Â>0]  20   Q of π, layer norms
   awr   R − V(s)                  its std over data    exp(Â/β)            20   V of the data
 
   (E1) R_t = r_t + γ ( (1 − λ) V(s_{t+1}) + λ R_{t+1} ) within an episode, and at its last step

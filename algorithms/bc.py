@@ -28,8 +28,9 @@ Differences: papers give no loss. The choices are CORL's (any_percent_bc.py), ex
      unfinished last episode counts, CORL leaves it out.
 
 Watch: cloning_error, which is (E2) or (E3), falls fast and then stays level. How low it gets is a
-property of the data: noise in their actions is left over. If (E3) stays at the logarithm of the
-number of actions, the clone does not look at the observation.
+property of the data: noise in their actions is left over. A clone that does not look at the
+observation has (E3) at the entropy of the action frequencies, at most the logarithm of the number
+of actions. From random data, as cartpole-random, nothing better can be learned.
 
 Run:     python algorithms/bc.py --env hopper-medium
          python algorithms/bc.py --env hopper-medium-replay --top-fraction 0.1
@@ -132,7 +133,7 @@ class DiscreteActor(nn.Module):
 def best_episodes(data: Dataset, fraction: float) -> np.ndarray:
     """(E1): the row numbers of the best episodes, in the order of the data."""
     starts, stops = data.episodes()
-    count = max(1, int(fraction * len(starts)))
+    count = max(1, int(fraction * len(starts) + 1e-9))  # 0.29 · 100 is 28.999… in floats
     # (E1) the sort is stable: of episodes with equal returns the earlier ones are kept
     best = np.argsort(-data.returns(), kind="stable")[:count]
     return np.concatenate([np.arange(starts[i], stops[i]) for i in np.sort(best)])

@@ -4,7 +4,8 @@ Fujimoto, Meger & Precup, "Off-Policy Deep Reinforcement Learning without Explor
 arXiv 1812.02900.
 Notes: Policy Constraints (软约束) › BCQ. They print the rule for tables: a maximum over the actions
 that the data hold for s′. With continuous states no s′ comes twice, so a generative model stands
-in. With a perfect model, enough actions, one critic and without ξ, (E4) is the notes' rule.
+in. With a perfect model, enough actions, one critic, no ξ and no clip of z, (E4) is the notes'
+rule.
 
 Q is only right near the data, so a maximum of Q over all actions would pick its errors. BCQ takes
 the maximum over a few actions that are likely under the data: a conditional VAE proposes them, and
@@ -29,8 +30,9 @@ actions, move them, and take the one with the largest Q.
   (E8) acting: the ã_n with the largest Q_1(s, ã_n), of 100
 
 Shapes: B batch, S observation, A action, L = 2A latent, K = 2 critics, N actions per observation.
-d is terminated: a truncated episode bootstraps. Observations are raw, actions lie in [-1, 1]; the
-actor converts them to the environment's units.
+d is terminated: a truncated episode bootstraps. g is the VAE's decoder, μ and σ are its encoder's
+mean and standard deviation. Observations are raw, actions lie in [-1, 1]; the actor converts them
+to the environment's units.
 
 Differences from the official code (sfujim/BCQ, continuous_BCQ), which we follow:
   D1 (E8) uses the same 100 latents in every state, drawn once and saved with the policy; the code

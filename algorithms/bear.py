@@ -30,7 +30,8 @@ multiplier α keeps it below ε. The rest is an actor-critic whose target takes 
   (E8) acting: the ã_n with the largest Q_1(s, ã_n), of 100
 
 Shapes: B batch, S observation, A action, L = 2A latent, K = 2 critics, N actions per observation.
-d is terminated: a truncated episode bootstraps. Observations are raw, actions lie in [-1, 1].
+d is terminated: a truncated episode bootstraps. g is the VAE's decoder, m and v are its encoder's
+mean and standard deviation, μ and σ the policy's. Observations are raw, actions lie in [-1, 1].
 
 Differences from the code behind D4RL's numbers (D4RL-Evaluations, bear, on rlkit); the first
 version (aviralkumar2907/BEAR) differs in most settings, and has a target policy in (E2):

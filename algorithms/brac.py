@@ -18,7 +18,7 @@ preferred; it costs return where the data hold better actions.
   PLAS    VAE, trained first, then fixed       decodes the policy's latent into the action
   BRAC    Gaussian clone, trained first        KL from it, in the policy's loss (-v: target too)
 
-  (E1) ã = tanh(u), u = μ(s) + σ(s)·ε,
+  (E1) ã = tanh(u), u = μ(s) + σ(s)·ε,  ε ~ N(0, I),
        log π(ã|s) = Σ_i [ log N(u_i; μ_i, σ_i²) − 2(log 2 − u_i − softplus(−2u_i)) ]
   (E2) L_b = E_D[ −log b(clip(a)|s) + α log b(ã|s) ],  ã ~ b(·|s);  clip to ±(1 − 0.001)
   (E3) L_α = E_D[ −α (log b(ã|s) + H̄) ],  α ≥ 0,  H̄ = −dim(A)
@@ -29,7 +29,8 @@ preferred; it costs return where the data hold better actions.
   (E8) Q̄ ← Q̄ + rate · (Q − Q̄),  at the beginning of each update
 
 Shapes: B batch, S observation, A action, K = 2 critics, N samples. d is terminated: a truncated
-episode bootstraps. Observations are raw, actions lie in [-1, 1].
+episode bootstraps. E_D is a mean over the data, D(s) the divergence. Observations are raw, actions
+lie in [-1, 1].
 
 Settings are those of D4RL's evaluation (D4RL-Evaluations, brac); the authors' code has others, and
 the value penalty on. Differences, D1 from D4RL's code, the rest from both:
@@ -46,8 +47,9 @@ leaving b: raise --divergence-weight. At the end of the cloning behavior_entropy
 −dim(A): a narrower b makes every other action expensive.
 
 Run:     python algorithms/brac.py --env hopper-medium     (BRAC-v: --value-penalty)
-Expect:  on hopper-medium the score falls when Q enters, and rises again later; on its replay buffer
-         it rises from there on. Scores and curves: results/README.md.
+Expect:  the score rises when Q enters, after 20,000 updates: on hopper-medium far above a clone's,
+         with evaluations that swing, on its replay buffer more slowly, one seed each.
+         Scores and curves: results/README.md.
 """
 import copy
 import math

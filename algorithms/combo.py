@@ -2,14 +2,14 @@
 
 Yu, Kumar, Rafailov, Rajeswaran, Levine & Finn, "COMBO: Conservative Offline Model-Based Policy
 Optimization", NeurIPS 2021, arXiv 2102.08363.
-Notes: Value Function Regularization › COMBO. (75.5 in their table is of walker2d-medium.)
+Notes: Value Function Regularization › COMBO. (75.5 in their table is walker2d-medium's.)
 
 MOPO relies on the model's estimate of its own error, which is often poor. COMBO takes imagined
 steps as they are, and lowers Q by CQL's term where the policy goes in the model; CQL does so at the
 data's states. Where both meet, the two parts of the term cancel.
 
   siblings  learned              penalty                           acts on
-  mopo.py   7 Gaussian networks  λ · largest standard deviation    reward of an imagined step
+  mopo.py   7 Gaussian networks  λ · largest ‖std. deviations‖₂    reward of an imagined step
   morel.py  4 networks           −κ/(1−γ) where they disagree      reward and end of a rollout
   combo.py  as mopo.py           β · (Q imagined − Q of the data)  loss of Q
 
@@ -28,8 +28,7 @@ data's states. Where both meet, the two parts of the term cancel.
   (E11) L_α = E[ −log α · (log π(ã|s) + H̄) ],  H̄ = −dim(A)
   (E12) Q̄ ← Q̄ + rate · (Q − Q̄)
 
-The notes' μ can be π or uniform (--rollout-policy); uniform actions put less weight on what the
-policy does.
+The notes' μ can be π or uniform (--rollout-policy).
 
 Shapes: B batch, S observation, A action, M = 7 networks of the model, K = 2 critics. The model's
 y is [s′ − s, r]. d is terminated: a truncated episode bootstraps. f_m is a network's prediction,
@@ -40,6 +39,7 @@ Differences: there is no official code; gaps are filled from OfflineRL-Kit [C], 
   D2 (E9) lowers Q in imagined states alone, as the paper's ρ does; there in the whole batch's.
   D3 Q, π, α, targets, as in cql.py; there π and α come first, and the actor's rate decays to 0.
   D4 Falls are Gymnasium's; dynamics_epochs is a limit. No ½ in (E9) [C].
+  D5 β = 0.5 where TUNED has none, as [C] for medium-replay; its script has 5. Not compared.
 
 Watch: q_policy. Where it runs away above q_data, the policy exploits the model: raise --beta.
 If it falls without end, lower --beta.
@@ -105,7 +105,7 @@ class Args:
     horizon: int = 5  # steps of a rollout; see TUNED [C]
     retain: int = 5  # rollouts that the pool has room for [C]
     real_share: float = 0.5  # f in (E9), of a batch, rounded down [C]
-    beta: float = 0.5  # β in (E9); see TUNED; else [C] has 5
+    beta: float = 0.5  # β in (E9); see TUNED [D5]
     num_samples: int = 10  # N in (E8) [C]
 
 

@@ -7,7 +7,7 @@ is under π̂_β; the notes print π̂_θ. That it stands inside the exponential
 
 SAC fails offline because Q is too large at actions that the data lack. CQL adds a term to the
 critic's loss that pushes Q down at such actions and, in two of three forms, up at the data's. What
-remains is SAC.
+remains is SAC, without the entropy term in its target.
 
   (E1) ã = tanh(u),  u ~ N(m(s), σ(s)²);  log π(ã|s) as in sac.py
   (E2) y = r + γ (1 − d) min_k Q̄_k(s′, ã′),  ã′ ~ π(·|s′), without the entropy term
@@ -21,11 +21,13 @@ remains is SAC.
   (E9) L_α = E_D[ −log α · (log π(ã|s) + H̄) ],  H̄ = −dim(A)
   (E10) Q̄ ← Q̄ + rate · (Q − Q̄)
 
-(E4) is the notes' E_μ[Q], with the current policy as μ. (E3) is its maximum over all μ with their
-entropy: max_μ E_μ[Q] + H(μ) = log ∫ exp Q(s, a) da, by importance sampling, plus the constant
-log 3N. With exact expectations these are at most their true values (tests/test_cql.py shows each):
+(E4) is the notes' E_μ[Q], with the current policy as μ. (E3) is the largest value that
+E_μ[Q] + H(μ) has for any μ, with the entropy H: it is log ∫ exp Q(s, a) da, estimated by importance
+sampling, plus the constant log 3N. With exact expectations the following are at most the true
+values (tests/test_cql.py shows each):
   plain      every Q(s, a): the notes' "Q_CQL ≤ Q for all s, a".
-  cql-h      V(s) = E_π[Q(s, ·)]. Where the data act more often than π, Q itself may be too high.
+  cql-h      V(s) = E_π[Q(s, ·)]. Q itself may be too high at actions that the data take more often
+             than π does.
   logsumexp  V(s) of policies near softmax(Q). For a policy that keeps to the data's most frequent
              actions V may be too high. This form is the one used in practice.
 The notes and the paper have ½ before the Bellman error; (E6) has not, as in the official code. So
@@ -322,7 +324,7 @@ def train(args: Args) -> None:
     check_range(args, "gamma target_rate", 0, 1)
     check_range(args, "target_gap", -math.inf)
     if not 0 < args.cql_weight < math.inf:
-        fail(f"--cql-weight must be above 0, not {args.cql_weight}; without it this is SAC: sac.py")
+        fail(f"--cql-weight must be above 0, not {args.cql_weight}; sac.py has no such term")
     if args.lagrange and args.form == "plain":
         fail("--lagrange needs the data's Q in the gap, which --form plain leaves out")
     data = load_dataset(args.env, args.device, eval_env=args.eval_env, holdout=args.holdout)

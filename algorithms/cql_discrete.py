@@ -32,9 +32,9 @@ Differences from the paper and its official code (aviralkumar2907/CQL, atari/):
   D3 w = 1, which the official code has for 10% of Atari's data; it has 4 for 1%.
 
 Watch: q_policy, the mean of max_a Q, stays below the largest discounted return; dqn.py's exceeds it
-on cartpole-medium. gap falls from log A to a clone's cross-entropy. If it stays there while q_data
-hardly moves, the gap outweighs the rewards and Q only clones: lower w. So it does where dqn.py's
-q_policy is only a few hundredths above its q_data, as on acrobot-replay.
+on cartpole-medium. gap falls from log A towards a clone's cross-entropy (bc.py's cloning_error):
+the nearer it comes, the more the policy is a clone. q_data does not show this, it moves as in
+dqn.py. Where a clone is poor, as on acrobot-replay, lower w.
 
 Run:     python algorithms/cql_discrete.py --env cartpole-replay
 Expect:  good policies after 10,000 updates on cartpole-replay, long before dqn.py's; on

@@ -12,7 +12,7 @@ One of four siblings that clone the data's actions a, each with a weight w (ã a
         advantage Â               unit of Â            weight w            cap  critic
   iql   Q̄(s, a) − V(s)            return range / 1000  exp(β Â)            100  V, then Q from V
   awac  Q(s, a) − Q(s, ã)         reward               softmax over batch  B    Q of π
-  crr   Q(s, a) − mean Q(s, ã_j)  reward               exp(Â/β) or 1[Â>0]  20   Q of π, with norms
+  crr   Q(s, a) − mean Q(s, ã_j)  reward               exp(Â/β) or 1[Â>0]  20   Q of π, layer norms
   awr   R − V(s)                  its std over data    exp(Â/β)            20   V of the data
 
   (E1) ã = clip( μ(s) + σ·ε, −1, 1 ),  ε ~ N(0, 1)
@@ -29,9 +29,11 @@ episode bootstraps. Observations are raw, actions lie in [-1, 1]; the actor conv
 Differences. The paper's code (deepmind/acme, TensorFlow) has residual blocks, LSTMs, a mixture of
 Gaussians, a critic of 21 atoms on [0, 100], and clipped gradients. This file follows acme's later
 JAX version, except for
-  D1 its critic's loss, which adds rewards (B,) to Q̄ (B, 1): each Q learns the batch's mean. No ½.
-  D2 A Gaussian around tanh of a mean [d3rlpy], with one σ for all states, as in awac.py; both codes
-     have σ(s). JAX applies tanh to the sample; beyond ±0.999 its log π is that of the whole tail.
+  D1 its critic's loss, which adds rewards (B,) to Q̄ (B, 1): each Q learns the batch's mean. The
+     factor ½ is left out.
+  D2 A Gaussian around tanh of a mean [d3rlpy], with one σ for all states, as in awac.py; the code
+     of the paper and JAX have σ(s). JAX applies tanh to the sample, and takes the mean density of
+     the tail for what lies beyond ±0.999.
   D3 Batches of 256, as in the paper's code; JAX's example has 64.
   D4 It acts with the policy's mean; JAX with the target policy's mode, the paper's code with
      samples drawn by softmax of Q.

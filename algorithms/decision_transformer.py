@@ -13,8 +13,8 @@ stitch, and a request beyond the best return in the data is a guess (results/ask
   (E1) R̂_t = Σ_{u ≥ t} r_u / scale, to the end of the episode, not discounted: the return-to-go
   (E2) a window: the K steps from t on, t uniform over all rows; where the episode ends sooner, the
        window is padded on the left
-  (E3) three tokens for each step i of a window, with e_t an embedding of the step's number in its
-       episode:  LayerNorm(W_R R̂_i + e_t),  LayerNorm(W_s s_i + e_t),  LayerNorm(W_a a_i + e_t)
+  (E3) three tokens for each step i of a window, with e_i an embedding of that step's number in its
+       episode:  LayerNorm(W_R R̂_i + e_i),  LayerNorm(W_s s_i + e_i),  LayerNorm(W_a a_i + e_i)
   (E4) token m sees token n  ⇔  n ≤ m and n is no padding,  or n = m
   (E5) three times:  x ← x + W_o Σ_n softmax_n(q_m · k_n / √(D/H)) v_n  over what m sees;  q, k, v
        are linear in LayerNorm(x);  x ← x + W_2 relu(W_1 LayerNorm(x))
@@ -37,7 +37,7 @@ episodes. Observations have mean 0 and standard deviation 1 over the data, actio
 Differences from the official code (kzl/decision-transformer, gym):
   D1 No heads for the next state and return, which get no loss there, and no unused word embedding.
   D2 Padding is zeros; there, actions of −10 in training and 0 in evaluation. It is masked anyway.
-  D3 Evaluation plays all episodes in step and needs no padding: windows grow to K, then slide.
+  D3 Evaluation plays all episodes side by side, without padding: windows grow to K, then slide.
   D4 Where no target is known, the best return in the data is asked for. The second target is half
      of the first, or twice the first if that is negative. Its return is printed.
   D5 10 episodes per evaluation on the way; there, 100 for each target.
@@ -46,8 +46,9 @@ Watch: action_loss falls, and says little. Compare the return with the target: f
 request is beyond the data, or the updates are too few to have learned what a request means.
 
 Run:     python algorithms/decision_transformer.py --env hopper-medium
-Expect:  above a clone on hopper-medium-replay after 10,000 updates, where half the usual target
-         brings more than the target does. Scores: results/README.md.
+Expect:  with --warmup-steps 1000, above a clone on hopper-medium-replay after 10,000 updates; half
+         the usual target brings more than the target does. (The default warm-up alone takes
+         10,000.) Scores: results/README.md.
 """
 import sys
 from dataclasses import dataclass
@@ -310,7 +311,7 @@ def update(args: Args, data: Dataset, places: Places, actor: Actor, optimizer) -
 
 
 class Player:
-    """Plays E episodes in step, asks for a return in each, and remembers the last K steps.
+    """Plays E episodes side by side, asks for a return in each, and remembers the last K steps.
 
     Without a `target` of its own it asks for the actor's. An episode that ended before the others
     is carried along; what is said for it is to be ignored.

@@ -44,7 +44,7 @@ cartpole-medium from the first evaluation on. --double changes little where data
 
 Run:     python algorithms/dqn.py --env cartpole-replay
          python algorithms/dqn.py --env cartpole-replay --double
-Expect:  far above the data on cartpole-replay, everything that an online run lived through, with
+Expect:  far above the data on cartpole-replay, the episodes of 25 snapshots of an online run, with
          large differences between seeds; failure on cartpole-medium, one policy's episodes.
          Scores and curves: results/README.md.
 """

@@ -5,14 +5,14 @@ Algorithm 3; in the form of Fu et al., "Benchmarks for Deep Off-Policy Evaluatio
 2021, arXiv 2103.16596, "FQE-L2".
 Notes: references, Levine et al.'s survey, which calls this off-policy evaluation.
 
-Whoever may not run policies can't choose among them by running them. FQE fixes a policy and learns
-its Q from the data, as Q-learning does, but with the policy's own next action in place of the best
-one. The value at the data's first observations is the estimate. Where the policy leaves the data
-the estimate is a guess, and so is the order of policies that leave them far.
+Sometimes a policy must be chosen before any may be run; then only the data can judge. FQE fixes a
+policy and learns its Q from the data, as Q-learning does, but with the policy's own next action in
+place of the best one. The value at the data's first observations is the estimate. Where the policy
+leaves the data the estimate is a guess, and so is the order of policies that leave them far.
 
 All P policies are judged at once, by P networks on the same batches. C stands for (1 − γ) Q, a mean
 of rewards, which does not grow with the horizon. Rewards are first divided by their root mean
-square, the scale.
+square, the scale; r_min and r_max are the smallest and the largest of the divided rewards.
 
   (E1) y_p = clip( (1 − γ) r + γ (1 − d) C̄_p(s′, π_p(s′)),  min(r_min, 0),  max(r_max, 0) )
   (E2) L = Σ_p E_D[ (C_p(s, a) − y_p)² ]
@@ -46,8 +46,7 @@ With --holdout 0.1, as in training, policies are judged on episodes that trainin
 
 Run:     python algorithms/fqe.py --env hopper-medium --policies runs/*/hopper-medium/seed0
 Expect:  it finds policies that fall at once, with exceptions; the order of the better ones is not
-         reliable, as their discounted returns are close, and changes with the number of updates.
-         Rankings: results/README.md.
+         reliable, and changes with the number of updates. Rankings: results/README.md.
 """
 import copy
 import json

@@ -20,7 +20,7 @@ the frequencies with which the other agents chose their actions.
   (E2) â = tanh g(s, z),  z = clip(ε, −½, ½),  ε ~ N(0, I)
   (E3) ã = clip( â + φ tanh ξ(s, â), −1, 1 )
   (E4) V(s′) = (1 − d) max_n [ λ min_k Q̄_k(s′, ã_n) + (1 − λ) max_k Q̄_k(s′, ã_n) ],
-       y = r + γ V(s′)
+       y = r + γ V(s′),  N actions ã_n of (E2), (E3) with ξ̄
   (E5) L_M = E_D[ (M(s, a) − V(s′))² + 1/S Σ_j ( ½ u_j² + log ς_j ) ],
        u = ( (s′ − s) / scale − m(s, a) ) / ς(s, a)
   (E6) λ_vd = 1 + ( V(s′) − M(s, a) ) / |M(s, a)|,  value deviation
@@ -32,8 +32,9 @@ the frequencies with which the other agents chose their actions.
   (E12) acting: each agent by itself, the ã_n with the largest Q_1(s, ã_n), of 100
 
 Shapes: B batch, S observation, A the team's action, A_i one agent's, L = 2A_i latent, K = 2
-critics, N sampled actions; a is the agent's own action. d is terminated: a truncated episode
-bootstraps. Observations are raw, actions lie in [-1, 1].
+critics, N sampled actions; a is the agent's own action. In (E5) m and ς are mean and standard
+deviation of a Gaussian, and scale is the data's standard deviation of s′ − s. d is terminated: a
+truncated episode bootstraps. Observations are raw, actions lie in [-1, 1].
 
 Differences, as far as the paper is known; also D1 and D2 of bcq.py:
   D1 M, the data's E[V(s′) | s, a], is regressed; the paper, we think, averages V over a model's s′.
@@ -276,9 +277,14 @@ def outcome_loss(outcome: nn.ModuleDict, batch: Batch, next_value: Tensor,
     assert next_value.shape == mean_value.shape
     mean, log_std = outcome["change"](x).chunk(2, dim=-1)  # (B, S) each
     log_std = log_std.clamp(MODEL_LOG_STD_MIN, MODEL_LOG_STD_MAX)
+    # a file without next observations does not hold what follows a termination: s itself stands
+    # there, which must not count as rare, so P̂ = 1
+    unknown = batch.terminated.bool() & (batch.next_obs == batch.obs).all(dim=-1)  # (B,)
     u = ((batch.next_obs - batch.obs) / scale - mean) / log_std.exp()
+    u = u.masked_fill(unknown.unsqueeze(-1), 0)
     # (E5) a regression and a Gaussian's likelihood; they share no weights
-    loss = (mean_value - next_value).pow(2).mean() + (0.5 * u.pow(2) + log_std).mean()
+    likelihood = (0.5 * u.pow(2) + log_std).masked_fill(unknown.unsqueeze(-1), 0)
+    loss = (mean_value - next_value).pow(2).mean() + likelihood.mean()
     return loss, mean_value.detach(), u.detach()
 
 

@@ -6,12 +6,12 @@ Notes: Model-Based Offline RL › MOPO. Their u = max_j ‖Σ_j‖_F is the pape
 and in (E6), Σ is the vector of standard deviations, not the matrix of variances.
 
 A model can be asked about actions that the data lack, but there its answers are guesses. MOPO
-imagines a few steps from states of the data, and lowers each reward by the largest standard
-deviation that a network predicts. Where this penalty bounds the model's error, the imagined return
+imagines a few steps from states of the data, and lowers each reward by λ times the largest error
+that a network predicts for itself. Where this penalty bounds the model's error, the imagined return
 is a lower bound of the real one.
 
   siblings  learned              penalty                           acts on
-  mopo.py   7 Gaussian networks  λ · largest standard deviation    reward of an imagined step
+  mopo.py   7 Gaussian networks  λ · largest ‖std. deviations‖₂    reward of an imagined step
   morel.py  4 networks           −κ/(1−γ) where they disagree      reward and end of a rollout
   combo.py  as mopo.py           β · (Q imagined − Q of the data)  loss of Q
 
@@ -25,7 +25,7 @@ is a lower bound of the real one.
   (E8) y = r + γ (1 − d) ( min_k Q̄_k(s′, ã′) − α log π(ã′|s′) ),  ã′ ~ π(·|s′)
   (E9) L_Q = Σ_k E[ (Q_k(s, a) − y)² ],  over 5% real and 95% imagined steps
   (E10) L_π = E[ α log π(ã|s) − min_k Q_k(s, ã) ],  ã ~ π(·|s)
-  (E11) L_α = E[ −log α · (log π(ã|s) + H̄) ],  H̄ = −dim(A)
+  (E11) L_α = E[ −log α · (log π(ã|s) + H̄) ],  H̄ = −dim(A), the target of π's entropy
   (E12) Q̄ ← Q̄ + rate · (Q − Q̄)
 
 Shapes: B batch, S observation, A action, M = 7 networks of the model, K = 2 critics. The model's
@@ -40,9 +40,10 @@ Differences from the paper and the official code (tianheyu927/mopo):
   D6 Q, π, α, targets one after the other, and no ½ in (E9): both as in sac.py.
   D7 All rows count; the code's pool keeps the last million, so half of a medium-expert set.
 
-Watch: q_policy. Where it runs away above any return of the data, the policy exploits the model's
-errors: raise --penalty-weight. `reward`, a batch's mean after the penalty, may lie far below the
-data's mean reward; only if evaluations do not rise either does the penalty outweigh the task.
+Watch: q_policy. Where it runs away above the largest discounted return of the data, the policy
+exploits the model's errors: raise --penalty-weight. `reward`, a batch's mean after the penalty, may
+lie far below the data's mean reward; only if evaluations do not rise either does the penalty
+outweigh the task.
 
 Run:     python algorithms/mopo.py --env hopper-medium
 Expect:  after a tenth of the default's updates, in a model of 10 to 30 epochs: below a clone on

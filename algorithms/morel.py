@@ -11,7 +11,7 @@ pays −κ per step: what a policy earns there bounds its real return from below
 threshold: a policy may cross what is unknown, at a price.
 
   siblings  learned              penalty                           acts on
-  mopo.py   7 Gaussian networks  λ · largest standard deviation    reward of an imagined step
+  mopo.py   7 Gaussian networks  λ · largest ‖std. deviations‖₂    reward of an imagined step
   morel.py  4 networks           −κ/(1−γ) where they disagree      reward and end of a rollout
   combo.py  as mopo.py           β · (Q imagined − Q of the data)  loss of Q
 
@@ -26,7 +26,7 @@ threshold: a policy may cross what is unknown, at a price.
   (E9) y = r + γ (1 − d) ( min_k Q̄_k(s′, ã′) − α log π(ã′|s′) ),  ã′ ~ π(·|s′)
   (E10) L_Q = Σ_k E[ (Q_k(s, a) − y)² ],  over 5% real and 95% imagined steps
   (E11) L_π = E[ α log π(ã|s) − min_k Q_k(s, ã) ],  ã ~ π(·|s)
-  (E12) L_α = E[ −log α · (log π(ã|s) + H̄) ],  H̄ = −dim(A)
+  (E12) L_α = E[ −log α · (log π(ã|s) + H̄) ],  H̄ = −dim(A), the target of π's entropy
   (E13) Q̄ ← Q̄ + rate · (Q − Q̄)
 
 Shapes: B batch, S observation, A action, M = 4 networks of the model, K = 2 critics. d is
@@ -34,10 +34,10 @@ terminated: a truncated episode bootstraps. Observations are raw, actions lie in
 
 Differences from the paper and the official code (aravindr93/mjrl, branch v2):
   D1 The planner is SAC (unifloral's is SAC-N); there natural policy gradient after cloning, with
-     γ = 0.999. Rollouts are short, from all states of the data; there 400–500 steps from the first
-     ones. Within 5 steps few pairs are unknown, after 10 many: a short horizon weakens pessimism.
-  D2 HALT pays for ever, as the paper defines it; its experiments end a path with one reward, the
-     data's least minus 30 to 200, and its code adds 0. No return in the data is below V(HALT).
+     γ = 0.999. Rollouts are short, from all states of the data; there 400–500 steps, from first
+     states of episodes. Fewer pairs are unknown in 5 steps: a short horizon weakens pessimism.
+  D2 HALT pays for ever [definition], so no discounted return in the data is below V(HALT); there a
+     path ends with one reward, the data's least minus 30 to 200 [experiments], or with 0 [code].
   D3 An unknown pair itself earns −κ as well [experiments], not r [definition].
   D4 The reward is learned; the paper's is known, which is easier [mjrl issue 42].
   D5 β is 5 for all; the paper chooses among 0, 5, 10, … by playing in the real environment, the

@@ -11,13 +11,13 @@ paper shows that such shared targets can even make Q too optimistic. In MSG each
 network of its own. Disagreement at s′ is then carried back to s, and the spread over members covers
 all that is unknown on the way. Pessimism enters in the policy's loss alone.
 
-  (E1) ã = tanh(u), u = μ(s) + σ(s)·ε;  log π(ã|s) as in sac.py
+  (E1) ã = tanh(u), u = μ(s) + σ(s)·ε, ε ~ N(0, I);  log π(ã|s) as in sac.py
   (E2) y_k = r + γ (1 − d) Q̄_k(s′, ã′_k),  ã′_k ~ π(·|s′) drawn for each k, without entropy term
   (E3) gap_k = E_D[ Q_k(s, ã_k) − Q_k(s, a) ],  ã_k ~ π(·|s) drawn for each k
   (E4) L_Q = Σ_k ( ½ E_D[ (Q_k(s, a) − y_k)² ] + w · gap_k )
   (E5) LCB(s, ã) = mean_k Q_k(s, ã) + β std_k Q_k(s, ã),  β < 0
   (E6) L_π = E_D[ α log π(ã|s) − LCB(s, ã) ],  ã ~ π(·|s)
-  (E7) L_α = E_D[ −log α · (log π(ã|s) + H̄) ],  H̄ = 0
+  (E7) L_α = E_D[ −log α · (log π(ã|s) + H̄) ],  H̄ = 0, the target of π's entropy
   (E8) Q̄ ← Q̄ + rate · (Q − Q̄)
 
 (E3) is the term of cql.py's form cql-h, with a small weight. For comparison, the minimum of N equal

@@ -4,9 +4,10 @@ Zhou, Bajracharya & Held, "PLAS: Latent Action Space for Offline Reinforcement L
 arXiv 2011.07213.
 Notes: Policy Constraints (软约束); Valuable Github Repo lists it.
 
-A conditional VAE first learns to reproduce the data's actions, as in bcq.py; then it is fixed. The
-policy chooses a latent, and the decoder turns it into an action like the data's, or one between
-them. So the constraint lies in what the policy can express; no penalty and no weight is needed.
+A conditional VAE (encoder m, σ; decoder g) first learns to reproduce the data's actions, as in
+bcq.py; then it is fixed. The policy's network h chooses a latent z, and the decoder turns it into
+an action like the data's, or one between them. So the constraint lies in what the policy can
+express; no penalty and no weight is needed.
 
           what stands for the data's policy    where it acts
   BCQ     VAE, trained alongside Q             proposes all actions, of target and policy
@@ -15,7 +16,7 @@ them. So the constraint lies in what the policy can express; no penalty and no w
   BRAC    Gaussian clone, trained first        KL from it, in the policy's loss (-v: target too)
 
   Stage 1, the VAE:
-  (E1) L_VAE = E_D[ ‖tanh g(s, z) − a‖² / A + ½ KL ],  z = m(s, a) + σ(s, a)·ε,
+  (E1) L_VAE = E_D[ ‖tanh g(s, z) − a‖² / A + ½ KL ],  z = m(s, a) + σ(s, a)·ε,  ε ~ N(0, I),
        KL = 1/L Σ_l [ ½(m_l² + σ_l² − 1) − log σ_l ]
   Stage 2, with g fixed:
   (E2) π(s) = tanh g(s, z),  z = Z tanh h(s)

@@ -10,12 +10,12 @@ Q at the policy's own actions, which the data lack; the policy selects the actio
 positive, and bootstrapping feeds the error back into Q. This is the distributional shift of the
 notes.
 
-  (E1) ã = tanh(u),  u = μ(s) + σ(s)·ε,
+  (E1) ã = tanh(u),  u = μ(s) + σ(s)·ε,  ε ~ N(0, I),
        log π(ã|s) = Σ_i [ log N(u_i; μ_i, σ_i²) − 2(log 2 − u_i − softplus(−2u_i)) ]
   (E2) y = r + γ (1 − d) ( min_k Q̄_k(s′, ã′) − α log π(ã′|s′) ),  ã′ ~ π(·|s′)
   (E3) L_Q = Σ_k E_D[ (Q_k(s, a) − y)² ]
   (E4) L_π = E_D[ α log π(ã|s) − min_k Q_k(s, ã) ],  ã ~ π(·|s)
-  (E5) L_α = E_D[ −log α · (log π(ã|s) + H̄) ],  H̄ = −dim(A)
+  (E5) L_α = E_D[ −log α · (log π(ã|s) + H̄) ],  H̄ = −dim(A), the target of π's entropy
   (E6) Q̄ ← Q̄ + rate · (Q − Q̄)
 
 Shapes: B batch, S observation, A action, K = 2 critics. d is terminated: a truncated episode

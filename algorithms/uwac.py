@@ -3,14 +3,16 @@
 Wu, Zhai, Srivastava, Susskind, Zhang, Salakhutdinov & Goh, "Uncertainty Weighted Actor-Critic for
 Offline Reinforcement Learning", ICML 2021, arXiv 2105.08140.
 Notes: Uncertainty-Based › UWAC. The notes weight squared residuals by β/Var. The released code
-weights by exp(−β Var) unless told otherwise, and multiplies residuals before squaring them: w² in
-(E8), w in (E6). The notes' σ², the noise in the data, would be added to V in (E3). The code leaves
-it out: nothing there estimates it, and as a constant it would multiply all weights by e^{−βσ²}
-alike, and tell no action from another.
+weights by exp(−β Var) unless told otherwise, and multiplies residuals before squaring them: with
+either weight, w² in (E8) and w in (E6). So --weighting inverse is not the notes' loss. The notes'
+σ², the noise in the data, would be added to V in (E3). The code leaves it out: nothing there
+estimates it, and as a constant it would multiply all weights by e^{−βσ²} alike, and tell no action
+from another.
 
-Drop a tenth of Q's hidden units at random, a few times: their variance stands for Q's uncertainty.
-A target from there should count less, and the policy should follow such a Q less. Both losses get
-a weight that falls with the variance of the answers. The rest is BEAR: read bear.py first.
+Drop a tenth of Q's hidden units at random and ask Q, a few times: the variance of the answers
+stands for Q's uncertainty. A target from there should count less, and the policy should follow such
+a Q less. Both losses get a weight that falls with this variance. The rest is BEAR: read bear.py
+first.
 
   (E1) L_VAE = E_D[ ‖tanh g(s, z) − a‖² / A + ½ KL ],  z = m(s, a) + v(s, a)·η,  all η ~ N(0, I),
        KL = 1/L Σ_l [ ½(m_l² + v_l² − 1) − log v_l ]
@@ -41,14 +43,15 @@ Differences from the official code (apple/ml-uwac, whose script imports a file t
   D6 (E6) is differentiated with the Q that its value came from. The code steps Q in between, so its
      gradient mixes new weights with old activations; current PyTorch refuses that.
 
-Watch: weight, the mean of w in (E5). V has the square of Q's unit: near 1 UWAC is BEAR, near 0
-nothing is learned (lower --beta, or scale rewards down). ‖W‖₂ ≈ 1 lets Q change by about 1.24 per
-unit of (s, a), so large returns are fitted slowly, and differences between actions may not fit at
-all: Pendulum's rewards times 0.01 do (tests/test_learning.py). mmd, multiplier: as in bear.py.
+Watch: weight, the mean of w in (E5). V has the square of Q's unit, so weight falls as Q grows. Near
+1 UWAC is BEAR, near 0 nothing is learned: scale rewards down, or lower --beta (if inverse, raise
+it). ‖W‖₂ ≈ 1 lets Q change by about 1.24 per unit of (s, a), so large returns are fitted slowly,
+and differences between actions may not fit at all: Pendulum's rewards times 0.01 do
+(tests/test_learning.py). mmd, multiplier: as in bear.py.
 
 Run:     python algorithms/uwac.py --env hopper-medium
 Expect:  slow: the committed runs have 5,000 updates, too few to tell it from BEAR, whose ε and
-         kernel differ. Scores and curves: results/README.md.
+         kernel differ. weight has fallen to 0.24 by then. Scores and curves: results/README.md.
 """
 import copy
 import math

@@ -223,6 +223,20 @@ def test_outcome_loss_equals_a_loop():
         mabcq.outcome_loss(outcome, batch, value[:, None], torch.tensor(scale))
 
 
+def test_what_follows_a_termination_may_be_unknown():
+    """Where a file has no next observations, s stands for a termination's s': neither the loss nor
+    the weight takes it for a rare change. A state that stays as it is counts."""
+    outcome, batch, scale = make(outcome_model, 3, 2), tiny_batch(), torch.ones(3)
+    still = batch.next_obs.clone()
+    still[:2] = batch.obs[:2]  # the second row is a termination
+    batch = batch._replace(next_obs=still)
+    _, value, u = mabcq.outcome_loss(outcome, batch, torch.zeros(4), scale)
+    assert (u[1] == 0).all() and (u[[0, 2, 3]] != 0).all()
+    loss = mabcq.outcome_loss(outcome, batch, value, scale)[0]  # without errors of M
+    known = mabcq.Batch(*(column[[0, 2, 3]] for column in batch))
+    assert_close(loss, 3 / 4 * mabcq.outcome_loss(outcome, known, value[[0, 2, 3]], scale)[0])
+
+
 def test_what_the_models_learn():
     """M is the conditional mean of V, the Gaussian that of s': an own action of 0, after which s'
     is 0 or 1 at 1 : 3."""
