@@ -42,8 +42,9 @@ Watch: effective_share stays between 0.2 and 0.6, as (E4) fixes the spread of th
 that a few large advantages get most of the weight: raise --beta. At 1 all advantages are equal.
 
 Run:     python algorithms/awr.py --env hopper-medium
-Expect:  above a clone on hopper-medium and on its replay buffer after 1M fast updates, with
-         evaluations that swing. Scores and curves: results/README.md.
+Expect:  above a clone after 1M fast updates, far on hopper-medium, where evaluations rise for the
+         first 300,000, less on its replay buffer; one seed each. Scores and curves:
+         results/README.md.
 """
 import math
 import sys
