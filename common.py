@@ -1449,8 +1449,8 @@ PRODUCTS = use_fast_products()
 def use_threads(threads: int, gflop: float) -> None:
     """Sets the CPU threads: the user's number (--threads, OMP_NUM_THREADS), else by the work.
 
-    For an update below 1 GFLOP a second thread gains a fifth at best, and on some processors
-    nothing; beside other work it costs more than that. Above, up to four help.
+    For an update below 1 GFLOP a second thread gains a third at best, and on some processors it
+    costs as much; beside other work it costs more. Above, up to four help.
     """
     if threads > 0:
         torch.set_num_threads(threads)

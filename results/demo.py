@@ -38,7 +38,11 @@ def result_of(arguments: list[str]) -> dict:
 def main() -> int:
     load_dataset(ENV, "cpu")  # builds it, before two processes ask for it
     runs = [start(CLONE_RUN), start(METHOD_RUN)]
-    if any([run.wait() for run in runs]):
+    try:
+        failed = any([run.wait() for run in runs])
+    except KeyboardInterrupt:  # it reached both, too: they save and leave
+        failed = any([run.wait() for run in runs])
+    if failed:
         return 1
     clone, method = result_of(CLONE_RUN), result_of(METHOD_RUN)
     _, low, high = SUITE["hopper"]

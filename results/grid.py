@@ -183,7 +183,7 @@ def data_now(result: dict) -> dict:
     """What is known of the dataset that the run of this result would learn from now."""
     from common import load_dataset
 
-    holdout = result["args"]["holdout"]
+    holdout = result["args"].get("holdout", 0.0)  # earlier results lack it
     return load_dataset(result["env"], "cpu", None, True, "none", holdout=holdout).describe()
 
 
@@ -196,8 +196,11 @@ def run(name: str, command: list[str], history: bool) -> int:
     algorithm = Path(command[0]).stem if name in ONE_AT_A_TIME else name
     folder = ROOT / os.path.expanduser(value("--out")) / algorithm / env / f"seed{seed}"
     result = folder / "result.json"
-    before = json.loads(result.read_text()) if result.exists() else {"steps": 0}
-    done = before["steps"]
+    try:
+        before = json.loads(result.read_text()) if result.exists() else {"steps": 0}
+        done = before["steps"]
+    except (OSError, ValueError, TypeError, KeyError):
+        sys.exit(f"error: {result} is damaged; move {folder}, or give another --out")
     other = other_settings(before, command) if done else []
     if other:
         sys.exit(f"error: {folder} is of another run ({', '.join(other)}); move it, or give "
@@ -225,6 +228,29 @@ def run(name: str, command: list[str], history: bool) -> int:
     committed.parent.mkdir(parents=True, exist_ok=True)
     shutil.copy(folder / "result.json", committed)
     return 0
+
+
+def run_all(commands: list[list[str]], jobs: int) -> int:
+    """Some commands at a time. Ctrl-C and SIGTERM let the runs save, and start no other one."""
+    children = []
+
+    def run_one(command: list[str]) -> int:
+        child = subprocess.Popen(command, cwd=ROOT)
+        children.append(child)
+        return child.wait()
+
+    def stop(*_) -> None:
+        for child in children:
+            child.terminate()
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            return max(pool.map(run_one, commands))
+        except KeyboardInterrupt:
+            print("error: stopped; the same command resumes", file=sys.stderr)
+            return 2
 
 
 def main() -> int:
@@ -257,10 +283,7 @@ def main() -> int:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--list | head` ends without an error
         print("\n".join(commands))
         return 0
-    with ThreadPoolExecutor(options.jobs) as pool:
-        arguments = [[sys.executable, *shlex.split(line)[1:]] for line in commands]
-        codes = list(pool.map(lambda one: subprocess.run(one, cwd=ROOT).returncode, arguments))
-    return max(codes, default=0)
+    return run_all([[sys.executable, *shlex.split(line)[1:]] for line in commands], options.jobs)
 
 
 if __name__ == "__main__":

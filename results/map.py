@@ -10,10 +10,10 @@ ROWS = [  # heading of the notes, the remedy in one line, the files
     ("Weighted cloning", "imitate the better actions more", "awr  crr  awac  iql"),
     ("Model-Based", "learn a model, distrust it off the data", "mopo  morel  combo"),
     ("Value Function Regularization", "make Q pessimistic", "cql  cql_discrete\ncombo"),
-    ("Uncertainty-Based", "ask several Qs, trust the least", "edac  msg\nrem  uwac"),
+    ("Uncertainty-Based", "ask many Qs: the smallest, or a mixture", "edac  msg\nrem  uwac"),
     ("SOTA1: Decision Transformer", "ask a sequence model for a return", "decision_transformer"),
     ("Offline MARL", "several agents, each alone", "mabcq"),
-    ("Off-policy evaluation", "judge a policy without playing it", "fqe  algae_dice"),
+    ("References", "judge unplayed policies; learn by duality", "fqe  algae_dice"),
 ]
 
 

@@ -118,7 +118,10 @@ def judge(path: Path) -> dict:
     module = importlib.import_module(algorithm)
     data = load_dataset(env, "cpu", eval_env="none")
     dynamics = module.Dynamics(data.obs_dim, data.action_dim)
-    dynamics.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    try:
+        dynamics.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:  # damaged, or of other widths
+        fail(f"{path} is no model of {algorithm}.py ({type(error).__name__})")
     body, level = env.split("-", 1)
     snapshots = level_snapshots(body)
     sources = {

@@ -96,7 +96,7 @@ def judge(folder: Path) -> dict | None:
     if "critic" not in learned and not hasattr(learned.get("actor"), "critic"):
         common.notice(f"left out: {folder} learns no Q(s, a)")
         return None
-    raw = common.load_dataset(settings["env"], "cpu")
+    raw = common.load_dataset(settings["env"], "cpu", holdout=settings["holdout"])
     # a file may scale rewards (IQL): its Q is in that unit
     reward_unit = float(raw.reward.std() / data.reward.std())
     out, name = folder.parts[-4:-2]

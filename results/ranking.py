@@ -75,9 +75,14 @@ if __name__ == "__main__":
     for path in paths:
         if not path.exists():
             fail(f"there is no {path}")
-    results = [json.loads(path.read_text()) for path in paths]
-    for path, result in zip(paths, results):
-        if result["regret"] is None:
-            fail(f"{path} compares with no rollouts; run fqe.py with an environment")
+    results = []
+    for path in paths:
+        try:
+            result = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            fail(f"{path} can't be read: {error}")
+        if not isinstance(result, dict) or result.get("regret") is None:
+            fail(f"{path} compares no policies with rollouts; give result.json files of fqe.py")
+        results.append(result)
     (HERE / "ranking.json").write_text("[\n" + ",\n".join(map(json.dumps, results)) + "\n]\n")
     draw(results)

@@ -8,6 +8,7 @@ progress  a table of the runs under way in a folder (default: runs): steps, spee
 import importlib
 import json
 import re
+import signal
 import sys
 import time
 from collections import defaultdict
@@ -338,7 +339,8 @@ def file_of(algorithm: str):
 
 def promise_table() -> list[str]:
     """What overestimation.py measured at the last checkpoint of each run."""
-    runs = json.loads((HERE / "overestimation.json").read_text())
+    runs = [run for run in json.loads((HERE / "overestimation.json").read_text())
+            if run["env"] == "hopper-medium-replay"]
     lines = ["| run on hopper-medium-replay | seed | updates | Q promises | is earned | ratio |",
              "|---|---:|---:|---:|---:|---:|"]
     for run in sorted(runs, key=overestimation.last_ratio, reverse=True):
@@ -435,16 +437,18 @@ def draw_curves(env: str, runs_of: dict, names: list[str]) -> None:
 
 def progress(folder: Path) -> None:
     """What the checkpoints' folders tell: last evaluation, whether finished, minutes since."""
-    runs = [file.parent for file in sorted(folder.glob("*/*/seed*/settings.json"))]
+    runs = sorted(file.parent for depth in ("*/*", "*/*/*")  # a study's are one folder deeper
+                  for file in folder.glob(f"{depth}/seed*/settings.json")
+                  if file.parent.name.removeprefix("seed").isdecimal())  # not what was renamed
     if not runs:
         fail(f"no runs in {folder}; it must hold <algorithm>/<env>/seed<k>")
-    print(f"{'run':<52}{'step':>12}{'of':>12}{'last score':>12}{'updates/s':>11}{'hours left':>12}")
+    print(f"{'run':<60}{'step':>12}{'of':>12}{'last score':>12}{'updates/s':>11}{'hours left':>12}")
     for run in runs:
         name = str(run.relative_to(folder))
         try:
-            print(f"{name:<52}{progress_of(run)}")
+            print(f"{name:<60}{progress_of(run)}")
         except Exception as error:  # one damaged file must not hide the other runs
-            print(f"{name:<52}can't be read: {type(error).__name__}")
+            print(f"{name:<60}can't be read: {type(error).__name__}")
 
 
 def progress_of(run: Path) -> str:
@@ -475,6 +479,7 @@ def progress_of(run: Path) -> str:
 if __name__ == "__main__":
     commands = {"card": card, "tables": tables, "figures": figures}
     if len(sys.argv) > 1 and sys.argv[1] == "progress":
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends without an error
         progress(Path(sys.argv[2] if len(sys.argv) > 2 else "runs"))
     elif len(sys.argv) == 2 and sys.argv[1] in commands:
         commands[sys.argv[1]]()

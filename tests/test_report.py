@@ -1,5 +1,7 @@
 """report.py: runs under way, what counts as present, what has not run; and grid.py's list."""
 import json
+import os
+import signal
 import subprocess
 import sys
 from dataclasses import asdict
@@ -220,6 +222,39 @@ def test_ctrl_c_waits_for_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(grid.signal, "signal", lambda *_: None)
     command = "algorithms/bc.py --env d --seed 0 --out runs --steps 30".split()
     assert grid.run("bc", command, history=False) == 2 and not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_grid_ends_its_runs_and_starts_no_other(number):
+    """Ctrl-C reaches the whole group of processes, kill the grid alone."""
+    sleep = "import signal, time; signal.signal(2, signal.SIG_DFL); print('run', flush=True)\n"
+    sleep += "time.sleep(60)"
+    runs = f"[[sys.executable, '-c', {sleep!r}]] * 3"
+    program = f"import grid, sys; sys.exit(grid.run_all({runs}, 1))"
+    stopped = subprocess.Popen(
+        [sys.executable, "-c", program],
+        cwd=ROOT / "results",
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert stopped.stdout.readline() == "run\n"
+    os.killpg(stopped.pid, number) if number == signal.SIGINT else stopped.send_signal(number)
+    out, error = stopped.communicate(timeout=30)
+    assert stopped.returncode == 2 and out == "", "no other run was started"
+    assert error == "error: stopped; the same command resumes\n"
+
+
+@pytest.mark.parametrize("content", ["", "[1]", "{}"])
+def test_the_grid_names_a_damaged_result(tmp_path, monkeypatch, content):
+    monkeypatch.setattr(grid, "ROOT", tmp_path)
+    folder = tmp_path / "runs" / "bc" / "d" / "seed0"
+    folder.mkdir(parents=True)
+    (folder / "result.json").write_text(content)
+    command = "algorithms/bc.py --env d --seed 0 --out runs --steps 30".split()
+    with pytest.raises(SystemExit, match="is damaged"):
+        grid.run("bc", command, history=False)
 
 
 @pytest.mark.parametrize("name, longer", [("td3_bc", ["--resume"]), ("iql", [])])

@@ -96,6 +96,8 @@ def digest(packed: dict[str, np.ndarray], chosen: list[list]) -> str:
 
 
 def main(body: str, run: Path) -> None:
+    if not (run / "checkpoint.pt").exists():
+        fail(f"there is no {run / 'checkpoint.pt'}; train.py writes it")
     saved = torch.load(run / "checkpoint.pt", weights_only=True)
     snapshots, target = saved["snapshots"], TARGET[body]
     steps = np.array([one["step"] for one in snapshots])

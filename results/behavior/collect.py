@@ -27,7 +27,17 @@ from pathlib import Path
 from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))  # finds common.py
-from common import LEVELS, SUITE, behavior_digest, built_from, evaluate, fail, make_env, read_minari
+from common import (
+    LEVELS,
+    SUITE,
+    behavior_digest,
+    built_from,
+    evaluate,
+    fail,
+    make_env,
+    notice,
+    read_minari,
+)
 
 import minari
 import numpy as np
@@ -227,11 +237,17 @@ if __name__ == "__main__":
     if name not in (*names, "all"):
         fail(f"usage: collect.py NAME, of {', '.join(names)} or all; or NAME TRANSITIONS")
     wanted = names if name == "all" else [name]
-    count = int(sys.argv[2]) if len(sys.argv) > 2 else None
+    given = sys.argv[2] if len(sys.argv) > 2 else None
+    if given is not None and not (given.isdecimal() and int(given) > 0):
+        fail(f"TRANSITIONS must be a whole number above 0, not {given}")
+    count = int(given) if given else None
     try:
         for each in wanted:
             body, _, level = each.partition("-")
-            if name != "all" or not is_current(body, level):
+            if not is_current(body, level):
                 build(body, level, count)
+            elif name != "all":
+                folder = get_dataset_path(f"local/{body}/{level}-v0")
+                notice(f"{each} is there already; to build it anew, move {folder} away")
     except KeyboardInterrupt:
         fail("stopped; nothing was written")

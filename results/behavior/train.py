@@ -22,7 +22,7 @@ from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "algorithms")]  # finds common.py and the algorithms
-from common import SUITE, Batch, make_env, write_atomically
+from common import SUITE, Batch, fail, make_env, write_atomically
 
 import dqn
 import numpy as np
@@ -197,6 +197,8 @@ def train(body: str, seed: int, steps: int, batch_size: int, random_steps: int, 
     snapshots, episodes = [], []  # networks' weights; (last step, return) of training episodes
     start = 0
     if resume:
+        if not (folder / "checkpoint.pt").exists():
+            fail(f"--resume, but there is no {folder / 'checkpoint.pt'}")
         saved = torch.load(folder / "checkpoint.pt", weights_only=True)
         for name, part in learner.learned.items():
             if isinstance(part, Tensor):

@@ -5,7 +5,8 @@ Claim: slow target networks, Double DQN, the smaller of two critics and more dat
 leave the overestimate as large as it is. Data of the other actions remove it.
 目标网络、双估计、更多同类数据都治不好高估；覆盖其他动作的数据才行。
 See: a red dot is what a method believes of its own action, a black bar what that is worth. The red
-lines are long under the usual cures, short with fifty critics, gone with data of all actions.
+lines are long under the usual cures, short with fifty critics; with data of all actions the belief
+is below the worth.
 Imprecise in the notes: Double DQN helps online, against the bias of a noisy maximum. Offline the
 error is a missing answer. Fifty critics help here; in lesson 10 even a hundred do not.
 Read next: algorithms/dqn.py with --double, algorithms/edac.py.
