@@ -14,7 +14,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "algorithms")]  # finds common.py and the class
 import style
-from common import evaluate, fail, load_dataset, load_policy
+from common import check_range, evaluate, fail, load_dataset, load_policy
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -87,6 +87,7 @@ if __name__ == "__main__":
     parser.add_argument("--episodes", type=int, default=20, help="per request")
     parser.add_argument("--requests", type=int, default=13, help="points of the grid")
     options = parser.parse_args()
+    check_range(options, "requests episodes", 1)
     results = [ask(path, options.requests, options.episodes) for path in options.policy]
     (HERE / "asked.json").write_text("[\n" + ",\n".join(map(json.dumps, results)) + "\n]\n")
     draw(results)
