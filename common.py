@@ -203,6 +203,12 @@ class Dataset:
         """The undiscounted return of each episode, (E,)."""
         return np.add.reduceat(self.reward.double().cpu().numpy(), self.episodes()[0])
 
+    def finished(self) -> np.ndarray:
+        """Which episodes have an end in the data, (E,): of a last one that was cut off the return
+        is not known. All, where none has."""
+        ends = (self.terminated.bool() | self.truncated).cpu().numpy()[self.episodes()[1] - 1]
+        return ends | ~ends.any()
+
     def keep(self, index: np.ndarray) -> None:
         """Keeps only these rows, in this order: whole episodes, or their ends no longer fit."""
         index = torch.as_tensor(index, device=self.device)
@@ -250,7 +256,7 @@ def load_dataset(name: str, device: str = "auto", discrete: bool | None = False,
     tensors = {key: torch.as_tensor(column) for key, column in columns.items()}
     data = Dataset(name, tensors, action_space, env_spec, score_range, target)
     if source.env:  # known also where nothing is evaluated
-        data.recorded_env = env_id(source.env)
+        data.recorded_env = env_id(source.env).rpartition(":")[2]  # without its module
     if holdout != 0 or held_out:
         split_episodes(data, holdout, held_out)
     return data
@@ -426,6 +432,8 @@ class Run:
         check_range(args, "eval_episodes final_episodes", 0)
         check_range(args, "seed", 0, 2**31 - 1)
         check_range(args, "threads", 0, 1024)
+        if hasattr(args, "batch_size"):
+            check_range(args, "batch_size", 1, 2**20)  # more would only fill the memory
         use_threads(args.threads, gflop)
         torch.manual_seed(args.seed)
         self.args = args
@@ -469,7 +477,8 @@ class Run:
         if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
             numbers.append(signal.SIGHUP)  # the terminal was closed; nohup ignores it
         for number in numbers:
-            self.handlers[number] = signal.signal(number, self._on_signal)
+            with suppress(ValueError):  # only the main thread may take signals
+                self.handlers[number] = signal.signal(number, self._on_signal)
         if self.due:  # the last process ended between a checkpoint and its evaluation
             self._evaluate_due()
         self.unsaved = step < self.args.steps  # else only the final evaluation is left
@@ -584,6 +593,10 @@ class Run:
         try:
             saved = torch.load(path, map_location=self.data.device, weights_only=True)
             step = saved["step"]
+            if saved["settings"]["data"] != self.settings["data"]:
+                fail(f"--resume, but {path} is of other data, or of other action bounds, which "
+                     "--eval-env may give; use the same (--eval-episodes 0 --final-episodes 0 "
+                     "plays nothing) or start without --resume")
             other = [f"{key} was {value}" for key, value in saved["settings"].items()
                      if key not in MAY_CHANGE and self.settings.get(key) != value]
             if other:
@@ -803,7 +816,8 @@ def read_minari(dataset_id: str) -> Source:
         fail(f"{dataset_id} has no observation_space or no action_space in its metadata")
     check_action_space(dataset_id, storage.action_space)
     kept = folder / "columns.npz"
-    stamp = str(max(path.stat().st_mtime_ns for path in (folder / "data").rglob("*")))
+    parts = sorted((folder / "data").rglob("*"))  # each one: cp -p and rsync keep old times
+    stamp = str([(path.name, path.stat().st_mtime_ns, path.stat().st_size) for path in parts])
     columns = read_kept_columns(kept, stamp)
     if columns is None:
         columns = flatten_episodes(dataset_id, storage)
@@ -942,6 +956,7 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
         if array.dtype.kind not in "biuf":
             fail(f"{path}: {key} must be an array of real numbers with a row for each step, of all "
                  "episodes one after the other")
+    for key, array in arrays.items():
         if len(array) != count:
             fail(f"{path}: its columns differ in length: {count} rewards, {len(array)} {key}")
         if array.size == 0:
@@ -1008,8 +1023,7 @@ def find_ends(name: str, columns: dict[str, np.ndarray], env: gym.Env | None) ->
     terminated = columns["terminated"]
     truncated = np.zeros(len(terminated), bool)
     if columns["next_obs"] is not None:
-        same = np.isclose(columns["next_obs"][:-1], columns["obs"][1:], rtol=1e-4, atol=1e-5)
-        truncated[:-1] = ~same.all(axis=tuple(range(1, same.ndim)))
+        truncated[:-1] = ~follows(columns)
     truncated &= ~terminated
     limit = env.spec.max_episode_steps if env else None
     if limit:
@@ -1024,14 +1038,23 @@ def find_ends(name: str, columns: dict[str, np.ndarray], env: gym.Env | None) ->
     return truncated
 
 
+def follows(columns: dict[str, np.ndarray]) -> np.ndarray:
+    """Whether next_obs is the next row's obs, up to rounding, (N - 1,)."""
+    next_obs, obs = columns["next_obs"][:-1], columns["obs"][1:]
+    if next_obs.dtype.kind in "biu":
+        same = next_obs == obs
+    else:  # in shares of a column's spread: degrees of latitude move by 1e-5
+        with np.errstate(invalid="ignore", over="ignore"):  # check_source names such numbers
+            allowed = 1e-4 * columns["obs"].std(axis=0, dtype=np.float64) + 1e-6 * np.abs(obs)
+            same = np.abs(next_obs - obs) <= allowed
+    return same.all(axis=tuple(range(1, same.ndim)))
+
+
 def check_cuts(name: str, columns: dict[str, np.ndarray]) -> None:
     """Says so where next_obs is not the next row's obs within an episode, and where next_obs at
     every timeout may be what a reset gave, not what followed."""
-    next_obs, obs = columns["next_obs"][:-1], columns["obs"][1:]
-    exact = next_obs.dtype.kind in "biu"
-    same = next_obs == obs if exact else np.isclose(next_obs, obs, rtol=1e-4, atol=1e-5)
     within = ~(columns["truncated"] | columns["terminated"])[:-1]
-    breaks = int((within & ~same.all(axis=tuple(range(1, same.ndim)))).sum())
+    breaks = int((within & ~follows(columns)).sum())
     if breaks:
         notice(f"in {breaks} rows of {name} next_observations are not the next row's observations, "
                "and no end is marked there; put one episode after the other, and mark each end")
@@ -1099,6 +1122,12 @@ def check_source(name: str, source: Source, discrete: bool | None, images: bool)
             bad = ~finite.reshape(len(column), -1).all(axis=1)
             fail(f"{name} has numbers in {key} that are not finite in float32, in {bad.sum()} "
                  f"transitions, the first are {np.flatnonzero(bad)[:3].tolist()}")
+    for key in ("obs", "next_obs"):
+        column = source.columns[key]
+        largest = np.abs(column).max() if column.dtype.kind == "f" else 0
+        if largest > 1e18:  # one such number, squared, makes its column's deviation infinite
+            fail(f"{name} has numbers as large as {largest:.3g} in {key}; if they fill gaps, "
+                 "put in what a policy can see, as the last known value")
     timeouts = source.columns["truncated"]
     if timeouts.any() and source.columns["terminated"][timeouts].all():
         notice(f"every timeout of {name} is a terminal too; a clock that runs out ends a recording "
@@ -1169,11 +1198,13 @@ def scale_actions(name: str, action: np.ndarray,
     action = action.astype(np.float32)
     with np.errstate(over="ignore"):  # some write the largest number for infinity
         unbounded = ~np.isfinite(np.float32(high) - np.float32(low))
+        span = action.max(axis=0) - action.min(axis=0)
+        unbounded |= (span > 0) & (high - low > 1000 * span)  # placeholders, such as ±1e6
     if unbounded.any():
         low = np.where(unbounded, action.min(axis=0), low)
         high = np.where(unbounded, action.max(axis=0), high)
-        notice(f"{name} has no finite action bounds; its smallest and largest actions are taken, "
-               f"from {low.min():.4g} to {high.max():.4g}")
+        notice(f"{name} has no finite action bounds, or far too wide ones; its smallest and "
+               f"largest actions are taken, from {low.min():.4g} to {high.max():.4g}")
         still = np.flatnonzero(unbounded & (low == high)).tolist()
         if still:
             notice(f"{name} never changes its actions {still}; a policy may, by up to 1")
@@ -1267,7 +1298,7 @@ def check_bounds(name: str, recorded: spaces.Space, env: gym.Env) -> None:
 def limit_time(env_spec: str, columns: dict[str, np.ndarray]) -> str:
     """Where an environment has no time limit, an episode ends after the longest of the data."""
     spec = json.loads(env_spec)
-    if spec["max_episode_steps"] is None:
+    if spec.get("max_episode_steps") is None:
         ends = columns["terminated"].astype(bool) | columns["truncated"]
         spec["max_episode_steps"] = int(steps_in_episode(ends).max()) + 1
         notice(f"{spec['id']} has no time limit; evaluation ends an episode after "
@@ -1279,7 +1310,7 @@ def clean_spec(env: str) -> str:
     """A specification in JSON, without what can't or needn't be rebuilt here."""
     if not env.startswith("{"):
         spec = make_env(env).spec
-        if isinstance(spec.entry_point, type):  # registered as a class, which JSON can't hold
+        if callable(spec.entry_point):  # a class or a function, which JSON can't hold
             spec.entry_point = f"{spec.entry_point.__module__}:{spec.entry_point.__qualname__}"
         return spec.to_json()
     known = set(EnvSpec.__dataclass_fields__) - {"namespace", "name", "version"}
@@ -1398,9 +1429,13 @@ def export_policy(actor: torch.nn.Module, obs: Tensor, path: Path) -> None:
     buffer = io.BytesIO()
     batch = {"obs": {0: torch.export.Dim("batch")}}
     logging.disable(logging.CRITICAL)  # torch.export would tell the terminal how it fails
+    said = io.StringIO()
     try:
-        with redirect_stderr(io.StringIO()):
+        with redirect_stderr(said):
             torch.export.save(torch.export.export(Act(), (obs,), dynamic_shapes=batch), buffer)
+    except SystemExit:  # a signal; its line was caught too
+        print(said.getvalue()[said.getvalue().rfind("error: "):], end="", file=sys.stderr)
+        raise
     except Exception as error:
         reason = str(error).partition(".")[0]
         notice(f"{path.name} is left out, torch.export can't follow this policy: {reason}")

@@ -25,7 +25,7 @@ Differences: papers give no loss. The choices are CORL's (any_percent_bc.py), ex
   D3 (E3) is the plain likelihood. CORL has continuous actions only; d3rlpy's discrete BC adds half
      the mean squared logit.
   D4 Returns are not discounted, as in CORL's settings of 10%-BC (the file's default: 0.99); an
-     unfinished last episode counts, CORL leaves it out.
+     unfinished last episode is left out, as in CORL.
 
 Watch: cloning_error, which is (E2) or (E3), falls fast and then stays level. How low it gets is a
 property of the data: noise in their actions is left over. A clone that does not look at the
@@ -135,7 +135,8 @@ def best_episodes(data: Dataset, fraction: float) -> np.ndarray:
     starts, stops = data.episodes()
     count = max(1, int(fraction * len(starts) + 1e-9))  # 0.29 · 100 is 28.999… in floats
     # (E1) the sort is stable: of episodes with equal returns the earlier ones are kept
-    best = np.argsort(-data.returns(), kind="stable")[:count]
+    returns = np.where(data.finished(), data.returns(), -np.inf)
+    best = np.argsort(-returns, kind="stable")[:count]
     return np.concatenate([np.arange(starts[i], stops[i]) for i in np.sort(best)])
 
 

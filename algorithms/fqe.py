@@ -51,6 +51,7 @@ Expect:  it finds policies that fall at once, with exceptions; the order of the 
 import copy
 import json
 import math
+import signal
 import sys
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -70,6 +71,7 @@ from common import (
     notice,
     record_on_cuda,
     run_folder,
+    split_episodes,
     take_folder,
     use_threads,
     write_json,
@@ -158,9 +160,14 @@ def find_policies(given: tuple[str, ...]) -> list[Path]:
     return paths
 
 
-def load_policies(paths: list[Path], data: Dataset, holdout: float = 0.0) -> dict:
-    """{path: act} of the policies; those that the data can't judge are left out, by name."""
+def load_policies(paths: list[Path], data: Dataset, full: Dataset | None = None,
+                  holdout: float = 0.0) -> dict:
+    """{path: act} of the policies; those that the data can't judge are left out, by name.
+
+    `full` are the data before the split: a policy that was trained on others of this name is named.
+    """
     acts = {}
+    training = {}  # share held out: fingerprint of the other episodes
     for path in paths:
         act = load_policy(path, data.device)
         saved = torch.load(path, map_location="cpu", weights_only=True)
@@ -172,7 +179,16 @@ def load_policies(paths: list[Path], data: Dataset, holdout: float = 0.0) -> dic
         else:
             acts[path] = act
         with suppress(OSError, ValueError, KeyError):  # there is no such file
-            trained = json.loads(path.with_name("settings.json").read_text())["holdout"]
+            settings = json.loads(path.with_name("settings.json").read_text())
+            trained = settings["holdout"]
+            if full is not None and trained >= holdout > 0:
+                if trained not in training:
+                    rest = copy.copy(full)
+                    split_episodes(rest, trained, held_out=False)
+                    training[trained] = rest.describe()["fingerprint"]
+                if training[trained] != settings["data"]:
+                    notice(f"{path} was trained on other data of the name {data.name}; it may "
+                           "have seen these episodes")
             if trained < holdout:
                 notice(f"{path} was trained with --holdout {trained} and has seen these episodes")
     if not acts:
@@ -229,6 +245,15 @@ def policy_actions(acts: list, obs: Tensor, data: Dataset) -> Tensor:
 
 
 # ---- the data
+
+
+def load_data(args: Args) -> tuple[Dataset, Dataset]:
+    """All episodes, and those to judge on."""
+    full = load_dataset(args.env, args.device, eval_env=args.eval_env)
+    data = copy.copy(full)
+    if args.holdout:
+        split_episodes(data, args.holdout, held_out=True)
+    return full, data
 
 
 def standardize_obs(data: Dataset, eps: float = 1e-3) -> tuple[Tensor, Tensor]:
@@ -354,7 +379,8 @@ def show(result: dict, folder: Path) -> None:
 
 
 def train(args: Args) -> None:
-    check_range(args, "steps batch_size eval_every final_episodes", 1)
+    check_range(args, "steps eval_every final_episodes", 1)
+    check_range(args, "batch_size", 1, 2**20)
     check_range(args, "seed threads weight_decay", 0, 2**31 - 1)
     check_range(args, "target_rate", 0, 1)
     if not 0 <= args.gamma < 1:
@@ -362,9 +388,8 @@ def train(args: Args) -> None:
     if not args.critic_lr > 0:
         fail(f"--critic-lr must be above 0, not {args.critic_lr}")
     paths = find_policies(args.policies)
-    data = load_dataset(args.env, args.device, eval_env=args.eval_env, holdout=args.holdout,
-                        held_out=args.holdout > 0)
-    policies = load_policies(paths, data, args.holdout)
+    full, data = load_data(args)
+    policies = load_policies(paths, data, full, args.holdout)
     acts = list(policies.values())
     use_threads(args.threads, gflop=0.14 * len(acts))
     returns = None
@@ -396,10 +421,10 @@ def train(args: Args) -> None:
             loss = one_update()
             if step % args.eval_every and step != args.steps:
                 continue
-            if not loss.isfinite():
-                fail(f"the loss is {float(loss)} by step {step:,}; estimates until then, if any, "
-                     f"are in {folder}")
             values = estimate_values(critic_target, first_obs, first_action, scale, args.gamma)
+            if not (loss.isfinite() and values.isfinite().all()):
+                fail(f"by step {step:,} the loss is {float(loss)}, the estimates are "
+                     f"{values.tolist()}; those until then, if any, are in {folder}")
             estimates = compare(values.cpu().numpy(), returns)
             curve.append({"step": step, "loss": float(loss)} | estimates)
             judged = [{"policy": str(path), "estimate": estimates["estimates"][i],
@@ -417,4 +442,5 @@ def train(args: Args) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     train(tyro.cli(Args))

@@ -175,7 +175,7 @@ class Value(nn.Module):
 
 def scale_rewards(data: Dataset) -> None:
     """(E1), in place."""
-    returns = data.returns()
+    returns = data.returns()[data.finished()]
     spread = returns.max() - returns.min()
     if spread <= 1e-6 * abs(returns).max():  # equal but for rounding
         notice(f"all episodes of {data.name} have the same return; its rewards are not scaled")

@@ -62,6 +62,7 @@ ACTIONS = {
     "matrix": spaces.Box(-1, 1, (2, 2), np.float64),
     "whole": spaces.Box(0, 10, (2,), np.int64),
     "free": spaces.Box(-np.inf, np.inf, (2,), np.float32),
+    "vast": spaces.Box(-1e6, 1e6, (2,), np.float32),
     "point": spaces.Box(np.float32([0, 1]), np.float32([0, 3])),
     "three": spaces.Discrete(3),
     "from -1": spaces.Discrete(3, start=-1),
@@ -1386,7 +1387,7 @@ def test_resuming_after_the_end(log, capsys):
     # the data count, not where they lie
     assert train("bc", "disk/log.npz", steps=7, resume=True)["steps"] == 7
     save("log.npz", columns(50))
-    assert "data was" in refused(capsys, lambda: train("bc", log, steps=8, resume=True))
+    assert "is of other data" in refused(capsys, lambda: train("bc", log, steps=8, resume=True))
 
 
 def test_a_checkpoint_that_is_damaged_or_of_another_run(log, capsys):
@@ -1760,3 +1761,135 @@ def judge(run) -> float:
     result = json.loads(path.read_text())
     assert result["dataset"]["episodes"] == 10
     return result["policies"][0]["estimate"]
+
+
+# ---- what a second try to break it found
+
+
+def test_bounds_that_are_placeholders(register, capsys):
+    """±1e6 around actions of ±1: a policy in shares of such bounds would play thousands."""
+    record("my/vast-v0", register("Vast-v0", action="vast"), act=lambda: np.float32([0.5, -1]))
+    assert load("my/vast-v0").action_half.max() > 1e5, "one action throughout tells no scale"
+    rng = np.random.default_rng(0)
+    act = lambda: rng.uniform(-1, 1, 2).astype(np.float32)
+    record("my/vast-v1", register("Vast-v1", action="vast"), act=act)
+    capsys.readouterr()
+    assert load("my/vast-v1").action_half.max() < 1.1
+    assert any("far too wide" in line for line in notes(capsys))
+
+
+def test_a_number_that_fills_a_gap(capsys):
+    """netCDF's, which float32 holds: its square would make the column's deviation infinite."""
+    arrays = columns()
+    arrays["observations"][5, 0] = arrays["next_observations"][4, 0] = 9.96921e36
+    assert "numbers as large as 9.97e+36 in obs" in refused(
+        capsys, lambda: load(save("log.npz", arrays))
+    )
+
+
+def test_an_episode_that_was_cut_off_is_no_best_one():
+    """Where every step costs, the shortest return is that of the last, unfinished episode."""
+    import bc
+    import iql
+
+    arrays = columns(34) | {"rewards": np.full(34, -1.0)}
+    arrays["rewards"][:10] = -2
+    data = load(save("log.npz", arrays))
+    assert data.returns().tolist() == [-20, -10, -10, -4]
+    assert data.finished().tolist() == [True, True, True, False]
+    assert bc.best_episodes(data, 0.3).tolist() == list(range(10, 20))
+    iql.scale_rewards(data)
+    assert data.reward[-1] == pytest.approx(-1000 / 10)
+    assert load(save("log.npz", columns(8))).finished().tolist() == [True], "the only one"
+
+
+def test_places_in_degrees(capsys):
+    """A step moves by 1e-5, an episode starts elsewhere by 1e-3: both far below the values."""
+    rng = np.random.default_rng(0)
+    start = np.array([48.137, 11.575]) + rng.uniform(-0.002, 0.002, (10, 1, 2))
+    place = start + 1e-5 * rng.normal(size=(10, 31, 2)).cumsum(axis=1)
+    arrays = without(columns(300), "timeouts") | {
+        "observations": place[:, :-1].reshape(-1, 2),
+        "next_observations": place[:, 1:].reshape(-1, 2),
+    }
+    assert len(load(save("gps.npz", arrays)).returns()) == 10
+
+
+def test_a_set_that_was_replaced_with_its_old_time(register):
+    """cp -p and rsync keep the time of a file, which is then older than its neighbours."""
+    record("my/thing-v0", register("Thing-v0"))
+    file = minari.storage.get_dataset_path("my/thing-v0") / "data" / "main_data.hdf5"
+    before = load("my/thing-v0").reward.sum()
+    written = file.stat().st_mtime_ns
+    with h5py.File(file, "a") as episodes:
+        for episode in episodes.values():
+            episode["rewards"][...] = 100
+    os.utime(file, ns=(written - 10**9, written - 10**9))
+    assert load("my/thing-v0").reward.sum() > before
+
+
+def test_an_environment_made_by_a_function(capsys):
+    gym.register("Made-v0", make_world, max_episode_steps=6)
+    try:
+        data = load(save("log.npz", columns(obs=3, action=2)), eval_env="Made-v0")
+        assert common.make_env(data.env_spec).spec.id == "Made-v0"
+    finally:
+        gym.registry.pop("Made-v0")
+
+
+def make_world():
+    return World()
+
+
+def test_a_specification_without_a_time_limit(register, capsys):
+    record("my/thing-v0", register("Thing-v0", ends=5))
+    edit_metadata("my/thing-v0", lambda meta, spec: spec.pop("max_episode_steps"))
+    assert json.loads(load("my/thing-v0").env_spec)["max_episode_steps"] == 5
+
+
+def test_a_module_in_front_of_an_id_is_no_part_of_the_environments_name(log, monkeypatch):
+    source = common.read_source(log, "none")._replace(env="somewhere:Thing-v0")
+    monkeypatch.setattr(common, "read_source", lambda *_: source)
+    assert load(log, eval_env="none").recorded_env == "Thing-v0"
+
+
+def test_rewards_that_are_objects(capsys):
+    arrays = columns() | {"rewards": np.array({"a": 1}, object)}
+    assert "rewards must be an array of real numbers" in refused(
+        capsys, lambda: load(save("log.npz", arrays))
+    )
+
+
+@pytest.mark.parametrize("size", [10**13, 10**20])
+def test_a_batch_that_no_memory_holds(log, capsys, size):
+    assert "--batch-size must be between 1 and" in refused(
+        capsys, lambda: train("bc", log, batch_size=size)
+    )
+
+
+def test_a_run_in_a_thread(log):
+    """As tuners start them: only the main thread may take signals."""
+    import threading
+
+    results = []
+    thread = threading.Thread(target=lambda: results.append(train("bc", log)))
+    thread.start()
+    thread.join()
+    assert results[0]["steps"] == 2
+
+
+def test_a_signal_while_the_policy_is_exported_says_so(log, capsys, monkeypatch, exports):
+    """The export hides what torch writes; not the one line about the end."""
+    monkeypatch.setattr(torch.export, "export", lambda *_, **__: common.fail("stopped; said"))
+    assert refused(capsys, lambda: train("bc", log)) == "error: stopped; said"
+
+
+def test_estimates_that_are_not_finite(log, capsys):
+    import fqe
+
+    train("bc", log)
+    arrays = columns()
+    arrays["rewards"] = arrays["rewards"] * 1e30
+    save("log.npz", arrays)
+    args = fqe.Args(env="log.npz", policies=("runs/bc",), steps=1, device="cpu", out="runs")
+    assert "by step 1 the loss is" in refused(capsys, lambda: fqe.train(args))

@@ -387,24 +387,37 @@ def test_without_an_environment_there_are_estimates_alone(monkeypatch, tmp_path,
     )
 
 
-@pytest.mark.parametrize("holdout, held_out", [(0.0, False), (0.1, True)])
+@pytest.mark.parametrize("holdout", [0.0, 0.3])
 def test_holdout_judges_on_the_episodes_that_were_kept_from_training(
-    monkeypatch, tmp_path, holdout, held_out
+    monkeypatch, tmp_path, holdout
 ):
-    asked = {}
-
-    def load(*_, **settings):
-        asked.update(settings)
-        return chain(REWARD)
-
-    path = save(tmp_path / "one", linear_policy(0.5, 0.5))
-    monkeypatch.setattr(fqe, "load_dataset", load)
+    data = tiny_data(action_dim=1)
+    kept = copy.copy(data)
+    if holdout:
+        common.split_episodes(kept, holdout, held_out=True)
+    path = save(tmp_path / "one", linear_policy(0.5, 0.5, 0.5))
+    monkeypatch.setattr(fqe, "load_dataset", lambda *_, **__: data)
     fqe.train(
         Args(
-            env="chain", policies=(path,), steps=1, batch_size=4, holdout=holdout, out=str(tmp_path)
+            env="tiny", policies=(path,), steps=1, batch_size=4, holdout=holdout, out=str(tmp_path)
         )
     )
-    assert (asked["holdout"], asked["held_out"], asked["eval_env"]) == (holdout, held_out, "auto")
+    result = json.loads((tmp_path / "fqe" / "tiny" / "seed0" / "result.json").read_text())
+    assert result["dataset"] == kept.describe() and kept.size == (4 if holdout else 12)
+
+
+def test_a_policy_of_other_data_of_the_same_name_is_told(tmp_path, capsys):
+    """A log that has grown is split otherwise: what is held out now was trained on then."""
+    folder, data = tmp_path / "one", tiny_data(action_dim=1)
+    save(folder, linear_policy(0.5))
+    rest, kept = copy.copy(data), copy.copy(data)
+    common.split_episodes(rest, 0.3, held_out=False)
+    common.split_episodes(kept, 0.3, held_out=True)
+    for seen, told in ((rest, False), (data, True)):
+        settings = {"holdout": 0.3, "data": seen.describe()["fingerprint"]}
+        (folder / "settings.json").write_text(json.dumps(settings))
+        fqe.load_policies([folder / "policy.pt"], kept, data, holdout=0.3)
+        assert ("was trained on other data" in capsys.readouterr().err) == told
 
 
 def test_same_seed_same_result_and_an_earlier_one_is_kept(monkeypatch, tmp_path):
@@ -572,4 +585,4 @@ def test_an_interrupted_run_keeps_its_estimates(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(fqe, "update", lambda *_: torch.tensor(float("nan")))
     with pytest.raises(SystemExit):
         judge(monkeypatch, tmp_path / "again", chain(REWARD), steps=50, eval_every=10)
-    assert "the loss is nan by step 10" in capsys.readouterr().err
+    assert "by step 10 the loss is nan" in capsys.readouterr().err

@@ -1,5 +1,6 @@
-"""results/overestimation.py: what Q promises and what is earned, with known answers."""
+"""results/overestimation.py and ranking.py: promises and earnings with known answers."""
 import sys
+from types import SimpleNamespace
 
 import gymnasium as gym
 import pytest
@@ -8,6 +9,7 @@ from conftest import ROOT
 
 sys.path.append(str(ROOT / "results"))
 import overestimation
+import ranking
 
 
 class Constant(torch.nn.Module):
@@ -38,3 +40,25 @@ def test_promise_and_earnings(monkeypatch):
         want += sum(0.5**step * env.step([1.0])[1] for step in range(200)) / 2
     assert promised == pytest.approx(want_promise, abs=1e-5)
     assert earned == pytest.approx(want, abs=1e-5)
+
+
+def test_the_discounted_return_and_its_ranks(monkeypatch):
+    """Σ γᵗ r_t of the episodes that start from SEED on; the estimates' order against it."""
+    monkeypatch.setattr(ranking, "EPISODES", 2)
+    spec = gym.make("Pendulum-v1").spec.to_json()
+    want = 0.0
+    for i in range(2):
+        env = gym.make("Pendulum-v1")
+        env.reset(seed=ranking.SEED + i)
+        want += sum(0.5**step * env.step([1.0])[1] for step in range(200)) / 2
+    assert ranking.discounted_return(Constant().act, spec, 0.5) == pytest.approx(want, abs=1e-5)
+
+    earned = {"a": 3.0, "b": 1.0, "c": 2.0}
+    monkeypatch.setattr(ranking, "load_policy", lambda path: path)
+    monkeypatch.setattr(ranking, "discounted_return", lambda act, *_: earned[act])
+    monkeypatch.setattr(ranking, "load_dataset", lambda *_: SimpleNamespace(env_spec=spec))
+    result = {"args": {"gamma": 0.5}, "env": "d", "policies": [{"policy": name} for name in "abc"],
+              "curve": [{"estimates": [30, 10, 20]}, {"estimates": [10, 30, 20]}]}
+    ranking.measure(result)
+    assert [one["discounted_mean"] for one in result["policies"]] == [3, 1, 2]
+    assert [point["spearman_discounted"] for point in result["curve"]] == pytest.approx([1, -1])
