@@ -6,7 +6,16 @@
     python algorithms/fqe.py --env hopper-medium --holdout 0.1 --steps 40000 --eval-every 2000 \\
         --policies runs/judged runs/awac-beta-2 runs/awac-beta-10 runs/plas-vae-* \\
         runs/bear-actor-lr-* runs/bear-mmd-0.12 runs/morel-horizon-*
-    python results/ranking.py runs/fqe/hopper-medium/seed0/result.json
+
+The long runs, on hopper-medium-replay, all with --holdout 0.1 --out runs/held-out: td3_bc, iql,
+crr, awac and bc of 100,000 updates, awr of 500,000, sac of 30,000, mopo of 100,000 with
+--dynamics-epochs 10, rebrac of 20,000 with --target-rate 0.02.
+
+    fqe="python algorithms/fqe.py --env hopper-medium-replay --holdout 0.1 --steps 40000 \\
+        --eval-every 2000 --policies runs/held-out"
+    $fqe --out runs/1; $fqe --target-rate 0.02 --out runs/2
+    $fqe --target-rate 0.02 --gamma 0.998 --out runs/3
+    python results/ranking.py runs/fqe/*/seed0/result.json runs/[123]/fqe/*/seed0/result.json
 
 The policies are played here once more, for the discounted return of EPISODES episodes: that is what
 FQE estimates. What a policy is chosen for is its return, which rollouts give. Left: a point for
@@ -102,9 +111,8 @@ def draw_ranks(one: dict, axis: plt.Axes) -> None:
     axis.set_xlim(right=1.6 * len(policies))  # room for the labels
     for side in (axis.xaxis, axis.yaxis):
         side.set_major_locator(MaxNLocator(integer=True))
-    held_out = one["args"]["holdout"]
-    judged = f"{held_out:.0%} held out" if held_out else "nothing held out"
-    axis.set(title=f"{one['env']}, γ = {one['args']['gamma']:g}, {judged}",
+    gamma, rate = one["args"]["gamma"], one["args"]["target_rate"]
+    axis.set(title=f"{one['env']}, γ = {gamma:g}, ρ = {rate:g}",
              xlabel="rank by the mean return of rollouts", ylabel="rank by FQE's estimate")
 
 
