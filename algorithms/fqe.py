@@ -40,13 +40,15 @@ Differences from DOPE's code (google-research/policy_eval):
   D6 Batches are drawn with replacement, and the last step before a time limit is kept; there whole
      passes through the data, without that step.
 
-Watch: the estimates, printed at the end and kept in result.json's curve, must have settled, and
-stay clear of the bounds: one near scale · r_max / (1 − γ) is of a policy that has left the data.
+Watch: the estimates, printed at the end and kept in result.json's curve, must have settled. One
+that moves far more than the others, or is near a bound such as scale · r_max / (1 − γ), is of a
+policy that has left the data.
 With --holdout 0.1, as in training, policies are judged on episodes that training has not seen.
 
 Run:     python algorithms/fqe.py --env hopper-medium --policies runs/*/hopper-medium/seed0
 Expect:  it finds policies that fall at once, with exceptions; the order of the better ones is not
-         reliable, and changes with the number of updates. Rankings: results/README.md.
+         reliable, and changes with the number of updates. Where γ = 0.99 hides what comes late, a
+         larger γ with faster targets ordered them better. Rankings: results/README.md.
 """
 import copy
 import json
