@@ -88,8 +88,8 @@ def learn(name: str, logs, out, discrete: bool, constants=(), **settings) -> tup
             if constant.endswith("HIDDEN"):
                 patch.setattr(module, constant, (WIDTH,) * len(widths))
         if hasattr(module, "FALLS"):
-            name = env.partition(":")[2]  # without the module that registers it
-            patch.setitem(module.FALLS, name, lambda obs: torch.zeros(len(obs), dtype=torch.bool))
+            own = env.partition(":")[2]  # without the module that registers it
+            patch.setitem(module.FALLS, own, lambda obs: torch.zeros(len(obs), dtype=torch.bool))
         for constant, value in dict(constants).items():
             patch.setattr(module, constant, value)
         patch.setattr(common, "export_policy", lambda *_: None)
