@@ -230,7 +230,9 @@ def test_a_stopped_grid_ends_its_runs_and_starts_no_other(number):
     sleep = "import signal, time; signal.signal(2, signal.SIG_DFL); print('run', flush=True)\n"
     sleep += "time.sleep(60)"
     runs = f"[[sys.executable, '-c', {sleep!r}]] * 3"
-    program = f"import grid, sys; sys.exit(grid.run_all({runs}, 1))"
+    program = "import grid, signal, sys\n"  # a job in the background inherits an ignored SIGINT
+    program += "signal.signal(2, signal.default_int_handler)\n"
+    program += f"sys.exit(grid.run_all({runs}, 1))"
     stopped = subprocess.Popen(
         [sys.executable, "-c", program],
         cwd=ROOT / "results",
