@@ -48,7 +48,7 @@ With --holdout 0.1, as in training, policies are judged on episodes that trainin
 Run:     python algorithms/fqe.py --env hopper-medium --policies runs/*/hopper-medium/seed0
 Expect:  it finds policies that fall at once, with exceptions; the order of the better ones is not
          reliable, and changes with the number of updates. Where γ = 0.99 hides what comes late, a
-         larger γ with faster targets ordered them better. Rankings: results/README.md.
+         larger γ with faster targets ordered all but one better. Rankings: results/README.md.
 """
 import copy
 import json

@@ -25,6 +25,15 @@ WIDTH = 64  # of every hidden layer, but for WIDE
 EAGER = {"gamma": 0.95, "batch_size": 64, "critic_lr": 3e-3, "actor_lr": 3e-3, "target_rate": 0.05}
 CALM = EAGER | {"actor_lr": 1e-3}
 IMAGINED = CALM | {"rollout_starts": 2000, "rollout_every": 250}
+SUPPORTED = CALM | {  # of BEAR and UWAC
+    "vae_lr": 1e-3,
+    "warm_up_steps": 300,
+    "num_samples": 3,
+    "bandwidth": 1.0,
+    "max_mmd": 0.4,
+    "multiplier_lr": 1e-2,
+    "constants": {"HIDDEN": (256, 256)},
+}
 # as wide as in the file
 WIDE = ("algae_dice", "bcq", "brac", "combo", "cql", "edac", "mopo", "morel", "dqn", "rem")
 LONG = (
@@ -221,20 +230,7 @@ def test_it_learns_in_a_model(name, margin, settings, tmp_path):
                 "policy_delay": 1,
             },
         ),
-        (
-            "bear",
-            CALM
-            | {
-                "steps": 3000,
-                "vae_lr": 1e-3,
-                "warm_up_steps": 300,
-                "num_samples": 3,
-                "bandwidth": 1.0,
-                "max_mmd": 0.4,
-                "multiplier_lr": 1e-2,
-                "constants": {"HIDDEN": (256, 256)},
-            },
-        ),
+        ("bear", SUPPORTED | {"steps": 3000}),
     ],
 )
 def test_it_learns_from_random_actions(name, settings, tmp_path):
@@ -259,18 +255,7 @@ def test_uwac_learns_from_small_rewards(suite, tmp_path):
         terminals=data.terminated,
         timeouts=data.truncated,
     )
-    settings = CALM | {
-        "steps": 4000,
-        "gamma": 0.9,
-        "vae_lr": 1e-3,
-        "warm_up_steps": 300,
-        "num_samples": 3,
-        "bandwidth": 1.0,
-        "max_mmd": 0.4,
-        "multiplier_lr": 1e-2,
-        "constants": {"HIDDEN": (256, 256)},
-        "eval_env": "Pendulum-v1",
-    }
+    settings = SUPPORTED | {"steps": 4000, "gamma": 0.9, "eval_env": "Pendulum-v1"}
     result, mean = final_return("uwac", tmp_path, str(tmp_path / "small.npz"), **settings)
     assert result > mean / scale + 300, (result, mean / scale)
 

@@ -1,5 +1,6 @@
 """What train, Run and the tables of settings pass on: the user's options, the seed, the data's
 units, each optimizer's rate, published values. A loss can be right and its file wrong in these."""
+import copy
 import importlib
 import json
 import math
@@ -125,7 +126,8 @@ def test_other_seeds_are_other_runs_and_other_starts(monkeypatch, tmp_path):
     monkeypatch.setattr(common, "evaluate", evaluate)
     monkeypatch.setattr(common, "export_policy", lambda *_: None)
     data = tiny_data()
-    monkeypatch.setattr(bc, "load_dataset", lambda *_, **__: data)
+    # a copy for each run, which may scale it: the seed is all that differs
+    monkeypatch.setattr(bc, "load_dataset", lambda *_, **__: copy.deepcopy(data))
     shared = dict(env="tiny", steps=2, eval_every=2, batch_size=4, device="cpu", out=str(tmp_path))
     for seed in (0, 1):
         bc.train(bc.Args(seed=seed, **shared))
