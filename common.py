@@ -445,6 +445,7 @@ class Run:
         self.checkpoint = self.folder / "checkpoint.pt"
         self.curve = []
         self.seconds = 0.0  # of training
+        self.metrics = {}  # the newest of each name: not every step updates the actor
         self.due = None  # (step, metrics) of a checkpoint whose evaluation is still to come
         self.unsaved = False  # something was learned since the last checkpoint
         self.stop = False  # Ctrl-C or SIGTERM came
@@ -493,11 +494,12 @@ class Run:
         if self.bar.n == self.bar.initial:
             self.bar.unpause()  # its clock starts here: what was fitted before does not count
         self.bar.update()
+        self.metrics.update(metrics)
         self.unsaved = True
         due = step % self.args.eval_every == 0 or step == self.args.steps
         if step % 100 != 0 and not due and not self.stop:
             return
-        values = {name: float(value) for name, value in metrics.items()}
+        values = {name: float(value) for name, value in self.metrics.items()}
         for name, value in values.items():
             if not math.isfinite(value):
                 self._fail(f"{name} is {value} by step {step:,}; {self._last_state()}")
@@ -524,7 +526,8 @@ class Run:
         for name, part in self.learned.items():
             learned[name] = part if isinstance(part, Tensor) else part.state_dict()
         saved = {"step": step, "learned": learned, "settings": self.settings, "curve": self.curve,
-                 "due": self.due, "seconds": self.seconds, "rng": torch.get_rng_state()}
+                 "metrics": self.metrics, "due": self.due, "seconds": self.seconds,
+                 "rng": torch.get_rng_state()}
         if self.data.device.type == "cuda":
             saved["cuda_rng"] = torch.cuda.get_rng_state()
         write_atomically(self.checkpoint, lambda part: torch.save(saved, part))
@@ -615,6 +618,7 @@ class Run:
                         group["capturable"] = self.data.device.type == "cuda"
             self.curve = saved["curve"]
             self.seconds = saved["seconds"]
+            self.metrics = saved.get("metrics", {})  # older checkpoints lack it
             self.due = saved["due"]
             torch.set_rng_state(saved["rng"].cpu())
             if self.data.device.type == "cuda" and "cuda_rng" in saved:

@@ -307,16 +307,11 @@ def train(args: Args) -> None:
         "actor_optimizer": adam(actor.parameters(), lr=args.actor_lr),
         "critic_optimizer": adam(critic.parameters(), lr=args.critic_lr),
     }
-    # the metrics of the actor's last step, for the steps without one; a checkpoint has them, too
-    kept = {name: torch.zeros((), device=data.device) for name in ("q_policy", "cloning_error")}
-    start = run.begin(learned | kept, actor)
+    start = run.begin(learned, actor)
     one_update = record_on_cuda(partial(update, args, data, next_action, **learned), data.device)
     for step in range(start + 1, args.steps + 1):
         update_actor = (step - 1) % args.policy_delay == 0  # in the first step, too, as in the code
-        metrics = one_update(update_actor=update_actor)
-        for name in kept.keys() & metrics.keys():
-            kept[name].copy_(metrics[name])
-        run.step(step, metrics | kept)
+        run.step(step, one_update(update_actor=update_actor))
     run.finish()
 
 

@@ -272,6 +272,24 @@ def test_a_checkpoint_without_an_evaluation(tmp_path):
     again.close()
 
 
+def test_a_metric_stays_until_a_step_reports_it_again(tmp_path):
+    """With --policy-delay 3 not every logged step updates the actor; a resumed run knows the last
+    value, too."""
+    record = begin(tmp_path, steps=4, eval_every=2, eval_episodes=0)
+    record.step(1, {"critic_loss": torch.tensor(1.0), "q_policy": torch.tensor(5.0)})
+    record.step(2, {"critic_loss": torch.tensor(2.0)})
+    record.close()
+    again = common.Run(replace(record.args, resume=True), record.data)
+    again.begin(record.learned, record.actor)
+    again.step(3, {"critic_loss": torch.tensor(3.0)})
+    again.step(4, {"critic_loss": torch.tensor(4.0)})
+    again.close()
+    assert [point["metrics"] for point in again.curve] == [
+        {"critic_loss": 2.0, "q_policy": 5.0},
+        {"critic_loss": 4.0, "q_policy": 5.0},
+    ]
+
+
 def test_evaluations_do_not_change_what_is_learned(small_data, tmp_path):
     """Neither its random numbers nor its weights: with one evaluation and with five the policy is
     the same."""
