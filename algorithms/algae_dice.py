@@ -24,7 +24,7 @@ minimum f′(e) = w d^π/d^D: f′ of Q's residual is the importance weight, up 
   (E7) L_α = −E_D[ α (log π(ã′|s′) + H̄) ],  H̄ = −dim(A)
   (E8) Q̄ ← Q̄ + rate · (Q − Q̄)
 
-By default, as in the authors' code, this is not the objective above. With κ = 0.05 nearly all of
+By default, as in the official code, this is not the objective above. With κ = 0.05 nearly all of
 the backup is a constant for the gradient of Q, as in Q-learning. Where that gradient is zero,
 f′(e) d^D is w (1 − γ) Σ_t (κγ)^t p_t, with p_t what π visits after t steps. The factors (κγ)^t add
 up to 1.05, not to 1 / (1 − γ): the first step counts for nearly all. `--online-share 1` is the
@@ -35,7 +35,7 @@ transitions and policy are deterministic.
 Shapes: B batch, S observation, A action, K = 2 critics. d is terminated: a truncated episode
 bootstraps. Observations are raw, actions lie in [-1, 1].
 
-Differences from the authors' code (google-research/algae_dice):
+Differences from the official code (google-research/algae_dice):
   D1 It learns online, and takes s₀ from resets; ours takes it from the data's episodes.
   D2 PyTorch's default initialisation in place of orthogonal matrices; its Adam, which adds ε after
      the bias correction, Keras's before.
@@ -80,9 +80,9 @@ class Args:
     threads: int = 0  # of the CPU; 0: one for light updates, up to four for heavy ones
     eval_every: int = 5_000  # updates between evaluations and checkpoints [C train_eval.py]
     eval_episodes: int = 10  # per evaluation; 0: none [C algae.py]
-    final_episodes: int = 100  # behind the final score [=]
+    final_episodes: int = 100  # of the final evaluation, which gives the score [=]
     eval_env: str = "auto"  # auto: as recorded; none: no evaluation; or a Gymnasium id
-    holdout: float = 0.0  # share of episodes kept from training, for fqe.py
+    holdout: float = 0.0  # share of episodes left out of training, for fqe.py
     out: str = "runs"  # folder for results
     resume: bool = False  # continue from the last checkpoint
     # optimisation

@@ -17,7 +17,7 @@ One of four siblings that clone the data's actions a, each with a weight w (ã a
   crr   Q(s, a) − mean Q(s, ã_j)  reward               exp(Â/β) or 1[Â>0]  20   Q of π, layer norms
   awr   R − V(s)                  its std over data    exp(Â/β)            20   V of the data
 
-  (E1) ã = clip( μ(s) + σ·ε, −1, 1 ),  ε ~ N(0, 1)
+  (E1) ã = clip( μ(s) + σ·ε, −1, 1 ),  ε ~ N(0, I)
   (E2) y = r + γ (1 − d) min_k Q̄_k(s′, ã′),  ã′ ~ π(·|s′)
   (E3) Â = min_k Q_k(s, a) − min_k Q_k(s, ã),  ã ~ π(·|s)
   (E4) w_i = B · exp(Â_i/β) / Σ_j exp(Â_j/β),  the sum over the batch
@@ -34,7 +34,7 @@ Differences from the official code (rail-berkeley/rlkit, awac_trainer.py):
   D3 1M offline updates, as other offline methods have; officially 50,000, then it acts online.
   D4 Batches of 128, as in its offline stage; those of 1024 are its online stage's.
   D5 β = 10. The official MuJoCo script, which has no hopper, has 2: on hopper-medium the policy
-     then stays far below a clone while q_data rises and rises (results/README.md, Settings). The
+     then stays far below a clone while q_data keeps rising (results/README.md, Settings). The
      trainer's default, jaxrl and d3rlpy have 1, the official hand script 0.5. CORL's "AWAC" is
      another algorithm: min(exp(Â/β), 100), β = ⅓.
 
@@ -44,8 +44,9 @@ it rises beyond that, the policy has left the data: raise --beta. The score warn
 effective_share need not warn: it was still at 0.3 then. Near 1/B one action gets all the weight.
 
 Run:     python algorithms/awac.py --env hopper-medium
-Expect:  far above a clone on hopper-medium-replay; on hopper-medium as a clone, now above it and
-         now below, as evaluations swing. Scores and curves: results/README.md.
+Expect:  far above a clone on hopper-medium-replay; on hopper-medium about a clone's score,
+         sometimes above, sometimes below: evaluations fluctuate.
+         Scores and curves: results/README.md.
 """
 import copy
 import math
@@ -71,11 +72,11 @@ class Args:
     steps: int = 1_000_000  # gradient updates [D3]
     device: str = "auto"  # auto, cpu or cuda
     threads: int = 0  # of the CPU; 0: one for light updates, up to four for heavy ones
-    eval_every: int = 5_000  # updates between evaluations, and between checkpoints [=]
+    eval_every: int = 5_000  # updates between evaluations and checkpoints [=]
     eval_episodes: int = 10  # per evaluation; 0: none [=]
-    final_episodes: int = 100  # behind the final score [=]
+    final_episodes: int = 100  # of the final evaluation, which gives the score [=]
     eval_env: str = "auto"  # auto: as recorded; none: no evaluation; or a Gymnasium id
-    holdout: float = 0.0  # share of episodes kept from training, for fqe.py
+    holdout: float = 0.0  # share of episodes left out of training, for fqe.py
     out: str = "runs"  # folder for results
     resume: bool = False  # continue from the last checkpoint
     # optimisation

@@ -69,11 +69,11 @@ class Args:
     steps: int = 1_000_000  # gradient updates, of V and π together [=]
     device: str = "auto"  # auto, cpu or cuda
     threads: int = 0  # of the CPU; 0: one for light updates, up to four for heavy ones
-    eval_every: int = 5_000  # updates between evaluations, and between checkpoints [=]
+    eval_every: int = 5_000  # updates between evaluations and checkpoints [=]
     eval_episodes: int = 10  # per evaluation; 0: none [=]
-    final_episodes: int = 100  # behind the final score [=]
+    final_episodes: int = 100  # of the final evaluation, which gives the score [=]
     eval_env: str = "auto"  # auto: as recorded; none: no evaluation; or a Gymnasium id
-    holdout: float = 0.0  # share of episodes kept from training, for fqe.py
+    holdout: float = 0.0  # share of episodes left out of training, for fqe.py
     out: str = "runs"  # folder for results
     resume: bool = False  # continue from the last checkpoint
     # optimisation

@@ -64,11 +64,11 @@ class Args:
     steps: int = 1_000_000  # gradient updates [C any_percent_bc.py]
     device: str = "auto"  # auto, cpu or cuda
     threads: int = 0  # of the CPU; 0: one for light updates, up to four for heavy ones
-    eval_every: int = 5_000  # updates between evaluations, and checkpoints [C any_percent_bc.py]
+    eval_every: int = 5_000  # updates between evaluations and checkpoints [C any_percent_bc.py]
     eval_episodes: int = 10  # per evaluation; 0: none [C any_percent_bc.py]
-    final_episodes: int = 100  # behind the final score [=]
+    final_episodes: int = 100  # of the final evaluation, which gives the score [=]
     eval_env: str = "auto"  # auto: as recorded; none: no evaluation; or a Gymnasium id
-    holdout: float = 0.0  # share of episodes kept from training, for fqe.py
+    holdout: float = 0.0  # share of episodes left out of training, for fqe.py
     out: str = "runs"  # folder for results
     resume: bool = False  # continue from the last checkpoint
     # optimisation

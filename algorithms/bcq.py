@@ -39,7 +39,7 @@ Differences from the official code (sfujim/BCQ, continuous_BCQ), which we follow
      draws new ones at each step. So a saved policy is a function, and its score can be repeated.
   D2 φ is a share of each dimension's half range; the code has one largest action for all.
 
-Watch: q_policy stays near q_data. If it runs away upwards, the moved actions have left the data:
+Watch: q_policy stays near q_data. If it grows without bound, the moved actions have left the data:
 lower --max-perturbation. kl near 0 means that the VAE ignores z, and only φ leaves a choice. That
 is right for data of one policy, where there is nothing to encode: z pays for its KL only where the
 actions of one state have a variance above ⅛.
@@ -72,11 +72,11 @@ class Args:
     steps: int = 1_000_000  # gradient updates [C main.py]
     device: str = "auto"  # auto, cpu or cuda
     threads: int = 0  # of the CPU; 0: one for light updates, up to four for heavy ones
-    eval_every: int = 5_000  # updates between evaluations, and between checkpoints [=]
+    eval_every: int = 5_000  # updates between evaluations and checkpoints [=]
     eval_episodes: int = 10  # per evaluation; 0: none [=]
-    final_episodes: int = 100  # behind the final score [=]
+    final_episodes: int = 100  # of the final evaluation, which gives the score [=]
     eval_env: str = "auto"  # auto: as recorded; none: no evaluation; or a Gymnasium id
-    holdout: float = 0.0  # share of episodes kept from training, for fqe.py
+    holdout: float = 0.0  # share of episodes left out of training, for fqe.py
     out: str = "runs"  # folder for results
     resume: bool = False  # continue from the last checkpoint
     # optimisation
@@ -89,7 +89,7 @@ class Args:
     # BCQ
     max_perturbation: float = 0.05  # φ in (E3), of half the action range [C main.py]
     num_samples: int = 10  # N in (E4), actions per next observation [C BCQ.py]
-    min_weight: float = 0.75  # λ in (E4): 1 is the minimum of the critics, ½ their mean [C main.py]
+    min_weight: float = 0.75  # λ in (E4): 1 is the critics' minimum, ½ their mean [C main.py]
 
 
 HIDDEN = (400, 300)  # widths of perturbation and critics [C BCQ.py]

@@ -80,14 +80,14 @@ class Args:
     # run
     env: str = "hopper-medium"  # suite dataset, Minari id, or path of a .hdf5 or .npz file
     seed: int = 0  # of networks, batches and evaluation episodes
-    steps: int = 500_000  # gradient updates [P D4RL]; the script has 3M
+    steps: int = 500_000  # gradient updates; the script has 3M [P D4RL]
     device: str = "auto"  # auto, cpu or cuda
     threads: int = 0  # of the CPU; 0: one for light updates, up to four for heavy ones
-    eval_every: int = 5_000  # updates between evaluations, and between checkpoints [=]
+    eval_every: int = 5_000  # updates between evaluations and checkpoints [=]
     eval_episodes: int = 10  # per evaluation; 0: none [=]
-    final_episodes: int = 100  # behind the final score [=]
+    final_episodes: int = 100  # of the final evaluation, which gives the score [=]
     eval_env: str = "auto"  # auto: as recorded; none: no evaluation; or a Gymnasium id
-    holdout: float = 0.0  # share of episodes kept from training, for fqe.py
+    holdout: float = 0.0  # share of episodes left out of training, for fqe.py
     out: str = "runs"  # folder for results
     resume: bool = False  # continue from the last checkpoint
     # optimisation
@@ -100,12 +100,12 @@ class Args:
     target_rate: float = 0.005  # share of the new weights in (E7) [C bear_hdf5_d4rl.py]
     # BEAR
     num_samples: int = 10  # N in (E2), actions per next observation [C bear.py]
-    min_weight: float = 0.75  # λ in (E2): 1 is the minimum of the critics, ½ their mean [C bear.py]
+    min_weight: float = 0.75  # λ in (E2): 1 is the critics' minimum, ½ their mean [C bear.py]
     num_mmd_samples: int = 4  # actions of the policy, and of the VAE, in (E3) [C bear.py]
     kernel: Literal["gaussian", "laplacian"] = "gaussian"  # κ in (E3) [C bear_hdf5_d4rl.py]
     bandwidth: float = 50.0  # h in (E3), not squared [C bear_hdf5_d4rl.py]
     max_mmd: float = 0.05  # ε in (E4), (E5) [C bear_hdf5_d4rl.py]
-    warm_up_steps: int = 40_000  # first updates, with (E4) without Q [C bear.py]
+    warm_up_steps: int = 40_000  # first updates, in which (E4) leaves out Q [C bear.py]
 
 
 # The author's advice in issue 8 of aviralkumar2907/BEAR; a comment in the code has 50 for walker2d.

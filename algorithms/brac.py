@@ -48,7 +48,7 @@ leaving b: raise --divergence-weight. At the end of the cloning behavior_entropy
 
 Run:     python algorithms/brac.py --env hopper-medium     (BRAC-v: --value-penalty)
 Expect:  the score rises when Q enters, after 20,000 updates: on hopper-medium far above a clone's,
-         with evaluations that swing, on its replay buffer more slowly, one seed each.
+         with evaluations that fluctuate, on its replay buffer more slowly, one seed each.
          Scores and curves: results/README.md.
 """
 import copy
@@ -78,16 +78,16 @@ class Args:
     steps: int = 1_000_000  # gradient updates, after the cloning [C train_brac.py]
     device: str = "auto"  # auto, cpu or cuda
     threads: int = 0  # of the CPU; 0: one for light updates, up to four for heavy ones
-    eval_every: int = 5_000  # updates between evaluations, and between checkpoints [=]
+    eval_every: int = 5_000  # updates between evaluations and checkpoints [=]
     eval_episodes: int = 20  # per evaluation; 0: none [C train_brac.py]
-    final_episodes: int = 100  # behind the final score [=]
+    final_episodes: int = 100  # of the final evaluation, which gives the score [=]
     eval_env: str = "auto"  # auto: as recorded; none: no evaluation; or a Gymnasium id
-    holdout: float = 0.0  # share of episodes kept from training, for fqe.py
+    holdout: float = 0.0  # share of episodes left out of training, for fqe.py
     out: str = "runs"  # folder for results
     resume: bool = False  # continue from the last checkpoint
     # optimisation
     batch_size: int = 256  # transitions per update [C brac/]
-    actor_lr: float = 3e-5  # Adam [C train_brac.py]; 3e-4 in the authors' code
+    actor_lr: float = 3e-5  # Adam; 3e-4 in the official code [C train_brac.py]
     critic_lr: float = 1e-3  # Adam [C train_brac.py]
     gamma: float = 0.99  # discount γ [C brac/]
     target_rate: float = 0.005  # share of the new weights in (E8) [C brac/]
@@ -95,7 +95,7 @@ class Args:
     behavior_steps: int = 1_000_000  # updates of the clone, before all others [C train_brac.py]
     behavior_lr: float = 5e-4  # Adam, for b and α [C train_brac.py]
     value_penalty: bool = False  # BRAC-v, the penalty also in (E5); else BRAC-p [C train_brac.py]
-    divergence_weight: float = 1.0  # w, the paper's α [C train_brac.py]; 0.1 in the authors' code
+    divergence_weight: float = 1.0  # w in (E5), (E7); 0.1 in the official code [C train_brac.py]
     num_samples: int = 4  # N in (E4) [C brac_primal_agent.py]
     warm_start_steps: int = 20_000  # first updates, (E7) without Q [C brac_primal_agent.py]
 
@@ -132,7 +132,7 @@ class Actor(nn.Module):
 
     @torch.no_grad()
     def act(self, obs: Tensor) -> Tensor:
-        """Raw observations (B, S) to the environment's actions (B, A): tanh of the mean."""
+        """Raw observations (B, S) to the environment's own actions (B, A): tanh of the mean."""
         return self.action_mid + self.action_half * torch.tanh(self(obs)[0])
 
 

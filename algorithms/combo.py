@@ -16,7 +16,7 @@ data's states. Where both meet, the two parts of the term cancel.
   (E1) log σ²_m = L + softplus( U − softplus(U − l_m) − L ),  networks give f_m, l_m; L, U learned
   (E2) L_model = Σ_m mean[ (f_m − y)² / σ²_m + log σ²_m ] + Σ_i c_i ‖W_i‖² / 2 + 0.01 Σ(U − L)
   (E3) keep network m whenever its holdout error (f_m − y)² fell by over 1%; the best 5 are elites
-  (E4) [ŝ′ − s, r̂] ~ N(f_e, σ²_e)(s, a),  a ~ μ(·|s),  e an elite drawn in each step
+  (E4) [ŝ′ − s, r̂] ~ N(f_e, σ²_e)(s, a),  a ~ μ(·|s),  e an elite drawn for each row
   (E5) d̂ = 1 where the body has fallen at ŝ′: the rollout ends
   (E6) ã = tanh(u), u ~ N(m(s), σ²(s)),  log π(ã|s) = Σ_i [ log N(u_i; m, σ²) − log(1 − ã_i²) ]
   (E7) y = r + γ (1 − d) min_k Q̄_k(s′, ã′),  ã′ ~ π(·|s′)
@@ -41,11 +41,11 @@ Differences: there is no official code; gaps are filled from OfflineRL-Kit [C], 
   D4 Falls are Gymnasium's; dynamics_epochs is a limit. No ½ in (E9) [C].
   D5 β = 0.5 where TUNED has none, as [C] for medium-replay; its script has 5. Not compared.
 
-Watch: q_policy. Where it runs away above q_data, the policy exploits the model: raise --beta.
+Watch: q_policy. Where it grows far above q_data, the policy exploits the model: raise --beta.
 If it falls without end, lower --beta.
 
 Run:     python algorithms/combo.py --env hopper-medium
-Expect:  a slow start. Scores: results/README.md.
+Expect:  a slow start. Scores and curves: results/README.md.
 """
 import copy
 import math
@@ -84,11 +84,11 @@ class Args:
     steps: int = 1_000_000  # gradient updates [C]
     device: str = "auto"  # auto, cpu or cuda
     threads: int = 0  # of the CPU; 0: one for light updates, up to four for heavy ones
-    eval_every: int = 5_000  # updates between evaluations, and between checkpoints [=]
+    eval_every: int = 5_000  # updates between evaluations and checkpoints [=]
     eval_episodes: int = 10  # per evaluation; 0: none [=]
-    final_episodes: int = 100  # behind the final score [=]
+    final_episodes: int = 100  # of the final evaluation, which gives the score [=]
     eval_env: str = "auto"  # auto: as recorded; none: no evaluation; or a Gymnasium id
-    holdout: float = 0.0  # share of episodes kept from training, for fqe.py
+    holdout: float = 0.0  # share of episodes left out of training, for fqe.py
     out: str = "runs"  # folder for results
     resume: bool = False  # continue from the last checkpoint
     # optimisation
@@ -104,7 +104,7 @@ class Args:
     rollout_policy: Literal["policy", "uniform"] = "policy"  # μ in (E4) [C]
     horizon: int = 5  # steps of a rollout; see TUNED [C]
     retain: int = 5  # rollouts that the pool has room for [C]
-    real_share: float = 0.5  # f in (E9), of a batch, rounded down [C]
+    real_share: float = 0.5  # f in (E9): share of real transitions in a batch [C]
     beta: float = 0.5  # β in (E9); see TUNED [D5]
     num_samples: int = 10  # N in (E8) [C]
 
@@ -126,7 +126,7 @@ NETWORKS, ELITES = 7, 5  # of the model [C]
 DYNAMICS_HIDDEN = 4 * (200,)  # widths of the model [C]
 WEIGHT_DECAY = (2.5e-5, 5e-5, 7.5e-5, 7.5e-5, 1e-4)  # c_i in (E2), of layer i [C]
 DYNAMICS_LR, DYNAMICS_BATCH = 1e-3, 256  # Adam; rows of each network [C]
-MAX_HOLDOUT, PATIENCE = 1_000, 5  # rows; epochs without (E3) [C mopo bnn.py]
+MAX_HOLDOUT, PATIENCE = 1_000, 5  # rows; epochs in a row without (E3) [C mopo bnn.py]
 
 
 def hopper_falls(s: Tensor) -> Tensor:
@@ -174,7 +174,7 @@ class Actor(nn.Module):
 
     @torch.no_grad()
     def act(self, obs: Tensor) -> Tensor:
-        """Raw observations (B, S) to the environment's actions (B, A): tanh(mean), no noise."""
+        """Raw observations (B, S) to the environment's own actions (B, A): tanh of the mean."""
         mean, _ = self(obs)
         return self.action_mid + self.action_half * torch.tanh(mean)
 
@@ -356,7 +356,7 @@ def imagine(args: Args, data: Dataset, dynamics: Dynamics, actor: Actor) -> Batc
         if args.rollout_policy == "uniform":
             action = 2 * torch.rand_like(action) - 1
         mean, log_var = dynamics(torch.cat([obs, action], dim=1))  # (M, B, S + 1)
-        # (E4) an elite for every row
+        # (E4) every row has an elite of its own
         elite = dynamics.elites[torch.randint(ELITES, (len(obs),), device=obs.device)]
         row = torch.arange(len(obs), device=obs.device)
         std = (0.5 * log_var[elite, row]).exp()
@@ -370,11 +370,10 @@ def imagine(args: Args, data: Dataset, dynamics: Dynamics, actor: Actor) -> Batc
 
 
 @torch.no_grad()
-def td_target(critic_target: Critic, next_policy: tuple[Tensor, Tensor], batch: Batch,
-              gamma: float) -> Tensor:
-    """(E7): y, (B,). `next_policy` is π(·|s′): mean and log std."""
+def td_target(actor: Actor, critic_target: Critic, batch: Batch, gamma: float) -> Tensor:
+    """(E7): the regression target y, (B,)."""
     # (E7) without an entropy term, as in cql.py
-    next_action, _ = sample_action(*next_policy)
+    next_action, _ = sample_action(*actor(batch.next_obs))
     next_q = critic_target(batch.next_obs, next_action).min(dim=0).values
     return batch.reward + gamma * (1 - batch.terminated) * next_q
 
@@ -447,7 +446,7 @@ def update(args: Args, data: Dataset, pool: Pool, actor: Actor, critic: Critic,
     batch = join(real, imagined)
     entropy_coef = log_entropy_coef.detach().exp()
 
-    y = td_target(critic_target, actor(batch.next_obs), batch, args.gamma)
+    y = td_target(actor, critic_target, batch, args.gamma)
     soft_max = soft_max_q(actor, critic, imagined.obs, imagined.next_obs, args.num_samples)
     q_loss, gap, q_data = critic_loss(critic, batch, num_real, y, soft_max, args.beta)
     descend(q_loss, critic_optimizer)

@@ -76,19 +76,19 @@ class Args:
     # run
     env: str = "hopper-medium"  # suite dataset, Minari id, or path of a .hdf5 or .npz file
     seed: int = 0  # of networks, batches and evaluation episodes
-    steps: int = 1_000_000  # gradient updates [=]; the official script has 3M
+    steps: int = 1_000_000  # gradient updates; the official script has 3M [=]
     device: str = "auto"  # auto, cpu or cuda
     threads: int = 0  # of the CPU; 0: one for light updates, up to four for heavy ones
-    eval_every: int = 5_000  # updates between evaluations, and between checkpoints [=]
+    eval_every: int = 5_000  # updates between evaluations and checkpoints [=]
     eval_episodes: int = 10  # per evaluation; 0: none [=]
-    final_episodes: int = 100  # behind the final score [=]
+    final_episodes: int = 100  # of the final evaluation, which gives the score [=]
     eval_env: str = "auto"  # auto: as recorded; none: no evaluation; or a Gymnasium id
-    holdout: float = 0.0  # share of episodes kept from training, for fqe.py
+    holdout: float = 0.0  # share of episodes left out of training, for fqe.py
     out: str = "runs"  # folder for results
     resume: bool = False  # continue from the last checkpoint
     # optimisation
     batch_size: int = 256  # transitions per update [C cql_mujoco_new.py]
-    actor_lr: float = 1e-4  # Adam, for π and α [C cql_mujoco_new.py]; the paper has 3e-5
+    actor_lr: float = 1e-4  # Adam, for π and α; the paper has 3e-5 [C cql_mujoco_new.py]
     critic_lr: float = 3e-4  # Adam, for Q and the multiplier [P][C cql_mujoco_new.py]
     gamma: float = 0.99  # discount γ [C cql_mujoco_new.py]
     target_rate: float = 0.005  # share of the new weights in (E10) [C cql_mujoco_new.py]
@@ -127,15 +127,11 @@ class Actor(nn.Module):
         mean, log_std = self.net(obs).chunk(2, dim=-1)
         return mean, log_std.clamp(LOG_STD_MIN, LOG_STD_MAX)
 
-    def to_env(self, action: Tensor) -> Tensor:
-        """[-1, 1] to the environment's own action units."""
-        return self.action_mid + self.action_half * action
-
     @torch.no_grad()
     def act(self, obs: Tensor) -> Tensor:
-        """Raw observations (B, S) to the environment's actions (B, A): tanh(mean), no noise."""
+        """Raw observations (B, S) to the environment's own actions (B, A): tanh of the mean."""
         mean, _ = self(obs)
-        return self.to_env(torch.tanh(mean))
+        return self.action_mid + self.action_half * torch.tanh(mean)
 
 
 def sample_action(mean: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor]:
@@ -265,7 +261,7 @@ def actor_loss(actor: Actor, critic: Critic, entropy_coef: Tensor,
 
 def entropy_coef_loss(log_entropy_coef: Tensor, log_prob: Tensor, target_entropy: float) -> Tensor:
     """(E9): the loss of the entropy coefficient α; log_prob carries no gradient."""
-    # (E9) E[−log π] is the entropy: α grows while it is below its target
+    # (E9) α grows while the policy's entropy, E[−log π], is below its target
     return -(log_entropy_coef * (log_prob + target_entropy)).mean()
 
 

@@ -15,7 +15,7 @@ One of four siblings that clone the data's actions a, each with a weight w (ã a
   crr   Q(s, a) − mean Q(s, ã_j)  reward               exp(Â/β) or 1[Â>0]  20   Q of π, layer norms
   awr   R − V(s)                  its std over data    exp(Â/β)            20   V of the data
 
-  (E1) ã = clip( μ(s) + σ·ε, −1, 1 ),  ε ~ N(0, 1)
+  (E1) ã = clip( μ(s) + σ·ε, −1, 1 ),  ε ~ N(0, I)
   (E2) y = r + γ (1 − d) min_k Q̄_k(s′, ã′),  ã′ ~ π̄(·|s′)
   (E3) Â = min_k Q_k(s, a) − 1/N Σ_j min_k Q_k(s, ã_j),  ã_j ~ π(·|s)
   (E4) w = min( exp(Â/β), w_max ),  or binary: w = 1[Â > 0]
@@ -37,16 +37,17 @@ JAX version, except for
   D3 Batches of 256, as in the paper's code; JAX's example has 64.
   D4 It acts with the policy's mean; JAX with the target policy's mode, the paper's code with
      samples drawn by softmax of Q.
-  D5 PyTorch's default initialisation, as in the other files here.
-  D6 Two critics, their minimum, and layer norms [offbench; there before ReLU, here after]. The
-     paper's critic has norms and a bound. JAX's one plain critic diverges on hopper-medium-replay.
+  D5 PyTorch's default initialisation.
+  D6 Two critics, their minimum, and layer norms [sail-sg/offbench; there before ReLU, here
+     after]. The paper's critic has norms and a bound. JAX's one plain critic diverges on
+     hopper-medium-replay.
 
-Watch: q_data levels off below the data's largest discounted returns; if it keeps rising, Q has
-diverged. effective_share stays above 0.1; near 1/B one action gets all the weight: raise --beta.
+Watch: q_data levels off below the data's largest discounted returns; if it keeps rising, Q
+diverges. effective_share stays above 0.1; near 1/B one action gets all the weight: raise --beta.
 
 Run:     python algorithms/crr.py --env hopper-medium
          python algorithms/crr.py --env hopper-medium --weighting binary
-Expect:  clearly above a clone after 100,000 updates, with evaluations that swing on mixed data.
+Expect:  clearly above a clone after 100,000 updates, with evaluations that fluctuate on mixed data.
          Scores and curves: results/README.md.
 """
 import copy
@@ -74,11 +75,11 @@ class Args:
     steps: int = 1_000_000  # gradient updates [=]
     device: str = "auto"  # auto, cpu or cuda
     threads: int = 0  # of the CPU; 0: one for light updates, up to four for heavy ones
-    eval_every: int = 5_000  # updates between evaluations, and between checkpoints [=]
+    eval_every: int = 5_000  # updates between evaluations and checkpoints [=]
     eval_episodes: int = 10  # per evaluation; 0: none [=]
-    final_episodes: int = 100  # behind the final score [=]
+    final_episodes: int = 100  # of the final evaluation, which gives the score [=]
     eval_env: str = "auto"  # auto: as recorded; none: no evaluation; or a Gymnasium id
-    holdout: float = 0.0  # share of episodes kept from training, for fqe.py
+    holdout: float = 0.0  # share of episodes left out of training, for fqe.py
     out: str = "runs"  # folder for results
     resume: bool = False  # continue from the last checkpoint
     # optimisation
@@ -86,7 +87,7 @@ class Args:
     actor_lr: float = 3e-4  # Adam [C jax/crr/config.py]
     critic_lr: float = 3e-4  # Adam [C jax/crr/config.py]
     gamma: float = 0.99  # discount γ [C jax/crr/config.py]
-    target_every: int = 100  # updates between the copies of (E7) [C jax/crr/config.py]
+    target_every: int = 100  # updates between copies (E7) [C jax/crr/config.py]
     # CRR
     weighting: Literal["exp", "binary"] = "exp"  # which of (E4) [P][C jax/crr/losses.py]
     num_samples: int = 4  # N in (E3) [C jax/crr/losses.py]
@@ -207,8 +208,8 @@ def advantage(actor: Actor, critic: Critic, batch: Batch, num_samples: int) -> T
     mean, log_std = actor(batch.obs)  # (B, A)
     mean = mean.unsqueeze(1).expand(-1, num_samples, -1)  # (B, N, A)
     log_std = log_std.unsqueeze(1).expand(-1, num_samples, -1)
-    samples = sample_clipped(mean, log_std).flatten(0, 1)  # (B N, A)
-    obs = batch.obs.repeat_interleave(num_samples, dim=0)  # (B N, S)
+    samples = sample_clipped(mean, log_std).flatten(0, 1)  # (B·N, A)
+    obs = batch.obs.repeat_interleave(num_samples, dim=0)  # (B·N, S)
     # (E3) from online critics and online policy; each action has its own minimum
     q_data = critic(batch.obs, batch.action).min(dim=0).values  # (B,)
     q_policy = critic(obs, samples).min(dim=0).values.view(-1, num_samples)  # (B, N)
@@ -217,7 +218,7 @@ def advantage(actor: Actor, critic: Critic, batch: Batch, num_samples: int) -> T
 
 def weights(adv: Tensor, args: Args) -> Tensor:
     """(E4): advantages (B,) to the weights (B,) of their actions."""
-    # (E4) binary: a tie counts as not better
+    # (E4) binary: Â = 0 gets weight 0
     if args.weighting == "binary":
         return (adv > 0).to(adv.dtype)
     return (adv / args.beta).exp().clamp(max=args.max_weight)

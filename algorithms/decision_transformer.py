@@ -48,7 +48,7 @@ request is beyond the data, or the updates are too few to have learned what a re
 Run:     python algorithms/decision_transformer.py --env hopper-medium
 Expect:  with --warmup-steps 1000, above a clone on hopper-medium-replay after 10,000 updates; half
          the usual target brings more than the target does. (The default warm-up alone takes
-         10,000.) Scores: results/README.md.
+         10,000.) Scores and curves: results/README.md.
 """
 import sys
 from dataclasses import dataclass
@@ -84,9 +84,9 @@ class Args:
     threads: int = 0  # of the CPU; 0: one for light updates, up to four for heavy ones
     eval_every: int = 10_000  # updates between evaluations and checkpoints [C experiment.py]
     eval_episodes: int = 10  # per evaluation; 0: none [D5]
-    final_episodes: int = 100  # behind the final score, and for the second target [C experiment.py]
+    final_episodes: int = 100  # of the final evaluation, and of the 2nd target [C experiment.py]
     eval_env: str = "auto"  # auto: as recorded; none: no evaluation; or a Gymnasium id
-    holdout: float = 0.0  # share of episodes kept from training, for fqe.py
+    holdout: float = 0.0  # share of episodes left out of training, for fqe.py
     out: str = "runs"  # folder for results
     resume: bool = False  # continue from the last checkpoint
     # optimisation
@@ -356,7 +356,7 @@ class Player:
 
     def record(self, i: int, reward: float) -> None:
         """What episode i received for its last action."""
-        # (E9) it is asked for no longer; below 0, after more than was asked, the data have nothing
+        # (E9) it is asked for no longer; after more than was asked, R̂ is outside the data's range
         self.still_asked[i] -= reward
 
 

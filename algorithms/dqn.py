@@ -27,7 +27,7 @@ Differences from the second paper and its official code (google-research/batch_r
 Double DQN:
   D1 Vectors get CleanRL's network for classic control. The code publishes settings with RMSProp for
      offline DQN and with Adam for the other agents; here DQN has those of REM, so that rem.py
-     differs in the update alone.
+     differs in its heads and the update alone.
   D2 The code copies the target every 8000 agent steps, of which each 4th is an update:
      target_every counts 2000 updates.
   D3 TensorFlow 1's Adam adds ε to √v before the bias correction of v, PyTorch after it. So the
@@ -37,9 +37,9 @@ Double DQN:
   D5 100,000 updates, for classic control; the code has 12.5M. All data are in memory, and acting
      never explores; see D5 and D6 of rem.py.
 
-Watch: q_policy, the mean of max_a Q. It can't rightly exceed the largest discounted return: 100
+Watch: q_policy, the mean of max_a Q. If Q is right it is at most the largest discounted return, 100
 where rewards are at most 1 and γ = 0.99. If it does, the maximum has found overestimated actions
-and the policy is of no use: try cql_discrete.py. Below it a policy may fail all the same, as on
+and the policy is of no use: try cql_discrete.py. Below it a policy may still fail, as on
 cartpole-medium from the first evaluation on. --double changes little where data are fixed.
 
 Run:     python algorithms/dqn.py --env cartpole-replay
@@ -71,18 +71,18 @@ class Args:
     steps: int = 100_000  # gradient updates [=]
     device: str = "auto"  # auto, cpu or cuda
     threads: int = 0  # of the CPU; 0: one for light updates, up to four for heavy ones
-    eval_every: int = 5_000  # updates between evaluations, and between checkpoints [=]
+    eval_every: int = 5_000  # updates between evaluations and checkpoints [=]
     eval_episodes: int = 10  # per evaluation; 0: none [=]
-    final_episodes: int = 100  # behind the final score [=]
+    final_episodes: int = 100  # of the final evaluation, which gives the score [=]
     eval_env: str = "auto"  # auto: as recorded; none: no evaluation; or a Gymnasium id
-    holdout: float = 0.0  # share of episodes kept from training, for fqe.py
+    holdout: float = 0.0  # share of episodes left out of training, for fqe.py
     out: str = "runs"  # folder for results
     resume: bool = False  # continue from the last checkpoint
     # optimisation
     batch_size: int = 32  # transitions per update [C fixed_replay/configs]
     learning_rate: float = 5e-5  # Adam [C fixed_replay/configs] [D1]
     gamma: float = 0.99  # discount γ [C fixed_replay/configs]
-    target_every: int = 2_000  # updates between (E4) [C fixed_replay/configs] [D2]
+    target_every: int = 2_000  # updates between copies (E4) [C fixed_replay/configs] [D2]
     # Double DQN
     double: bool = False  # the learned network chooses a* in (E1) [P 1509.06461]
 

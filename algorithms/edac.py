@@ -10,7 +10,7 @@ mean. But critics that learn the same targets have similar gradients beside the 
 up to 500 critics, and their minimum may still be too high. EDAC penalises the cosines between the
 gradients, and needs ten to fifty critics.
 
-  (E1) ã = tanh(u), u = μ(s) + σ(s)·ε;  log π(ã|s) as in sac.py
+  (E1) ã = tanh(u), u = μ(s) + σ(s)·ε, ε ~ N(0, I);  log π(ã|s) as in sac.py
   (E2) y = r + γ (1 − d) ( min_k Q̄_k(s′, ã′) − α log π(ã′|s′) ),  ã′ ~ π(·|s′)
   (E3) g_k = ∇_a Q_k(s, a) / ‖∇_a Q_k(s, a)‖, at the data's action
   (E4) similarity = E_D[ Σ_{i≠j} ⟨g_i, g_j⟩ ] / (N − 1)
@@ -27,15 +27,16 @@ bootstraps. Observations are raw, actions lie in [-1, 1]; the actor converts the
 environment's units.
 
 Differences from the official code (snu-mllab/EDAC):
-  D1 The steps are taken one after the other, Q, π, α, targets, as in sac.py, from which this file
-     differs in (E3) to (E5) and N; the official code builds all losses first.
+  D1 The steps are taken one after the other, Q, π, α, targets, as in sac.py; the official code
+     builds all losses first. Beyond (E3) to (E5), N and K this file differs from sac.py in a third
+     hidden layer, in log σ ≥ −5 and in the number of updates.
   D2 (E4) is over all N critics, as in the paper and in one state of the official code; another
      state draws min(N, A) of them.
   D3 Target critics start as copies, not as other random networks; PyTorch's initialisation.
   D4 No backup over ten actions, which only pen-cloned has. N and η of random and expert data are
      medium's: CORL, the source of the others, has no files for these.
 
-Watch: q_policy stays below the largest discounted return of the data; if it runs away, N or η is
+Watch: q_policy stays below the largest discounted return of the data; if it grows beyond, N or η is
 too small. similarity starts near 0 and should stay far below N; near N the critics act as one.
 
 Run:     python algorithms/edac.py --env hopper-medium
@@ -66,11 +67,11 @@ class Args:
     steps: int = 3_000_000  # gradient updates [C]
     device: str = "auto"  # auto, cpu or cuda
     threads: int = 0  # of the CPU; 0: one for light updates, up to four for heavy ones
-    eval_every: int = 5_000  # updates between evaluations, and between checkpoints [=]
+    eval_every: int = 5_000  # updates between evaluations and checkpoints [=]
     eval_episodes: int = 10  # per evaluation; 0: none [=]
-    final_episodes: int = 100  # behind the final score [=]
+    final_episodes: int = 100  # of the final evaluation, which gives the score [=]
     eval_env: str = "auto"  # auto: as recorded; none: no evaluation; or a Gymnasium id
-    holdout: float = 0.0  # share of episodes kept from training, for fqe.py
+    holdout: float = 0.0  # share of episodes left out of training, for fqe.py
     out: str = "runs"  # folder for results
     resume: bool = False  # continue from the last checkpoint
     # optimisation
@@ -130,15 +131,11 @@ class Actor(nn.Module):
         mean, log_std = self.net(obs).chunk(2, dim=-1)
         return mean, log_std.clamp(LOG_STD_MIN, LOG_STD_MAX)
 
-    def to_env(self, action: Tensor) -> Tensor:
-        """[-1, 1] to the environment's own action units."""
-        return self.action_mid + self.action_half * action
-
     @torch.no_grad()
     def act(self, obs: Tensor) -> Tensor:
-        """Raw observations (B, S) to the environment's actions (B, A): tanh(mean), no noise."""
+        """Raw observations (B, S) to the environment's own actions (B, A): tanh of the mean."""
         mean, _ = self(obs)
-        return self.to_env(torch.tanh(mean))
+        return self.action_mid + self.action_half * torch.tanh(mean)
 
 
 def sample_action(mean: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor]:
@@ -233,7 +230,7 @@ def actor_loss(actor: Actor, critic: Critic, entropy_coef: Tensor,
 
 def entropy_coef_loss(log_entropy_coef: Tensor, log_prob: Tensor, target_entropy: float) -> Tensor:
     """(E7): the loss of the entropy coefficient α; log_prob carries no gradient."""
-    # (E7) E[−log π] is the entropy: α grows while it is below its target
+    # (E7) α grows while the policy's entropy, E[−log π], is below its target
     return -(log_entropy_coef * (log_prob + target_entropy)).mean()
 
 

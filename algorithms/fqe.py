@@ -99,7 +99,7 @@ class Args:
     eval_every: int = 5_000  # updates between estimates, each of which is written down [=]
     final_episodes: int = 100  # rollouts of a policy that has no result.json beside it [=]
     eval_env: str = "auto"  # auto: as recorded; none: no rollouts; or a Gymnasium id
-    holdout: float = 0.0  # share of episodes kept from training: judge on these alone; 0: on all
+    holdout: float = 0.0  # share of episodes left out of training: judges on these alone; 0: on all
     out: str = "runs"  # folder for results
     # optimisation
     batch_size: int = 256  # transitions per update [C train_eval.py]

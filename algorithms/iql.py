@@ -32,13 +32,13 @@ Shapes: B batch, S observation, A action, K = 2 critics. d is terminated: a trun
 bootstraps. Observations are raw, actions lie in [-1, 1]; the actor converts them.
 
 Differences from the paper and its official code (ikostrikov/implicit_q_learning):
-  D1 PyTorch's default initialisation, as in the other files; officially orthogonal, times √2.
+  D1 PyTorch's default initialisation; officially orthogonal, times √2.
   D2 (E1) holds for every dataset; officially for locomotion (AntMaze: 1 is subtracted from r).
   D3 The data's actions are not clipped to ±(1 − 10⁻⁵): nothing here takes their arctanh.
 
-Watch: effective_share, of one batch, falls from 1 to about 0.1 and then swings, on hopper-medium
+Watch: effective_share, of one batch, falls from 1 to about 0.1 and then varies, on hopper-medium
 between 0.03 and 0.3. Where it stays near 1 the policy is a clone, as with β = 0: raise --beta.
-Where it stays near 1/B one action gets all the weight: lower it. q_data levels off.
+Where it stays near 1/B one action gets all the weight: lower --beta. q_data levels off.
 
 Run:     python algorithms/iql.py --env hopper-medium
 Expect:  above a clone after 100,000 updates, most clearly on mixed data. Evaluations rise there
@@ -69,11 +69,11 @@ class Args:
     steps: int = 1_000_000  # gradient updates; (E10) is stretched over them [C train_offline.py]
     device: str = "auto"  # auto, cpu or cuda
     threads: int = 0  # of the CPU; 0: one for light updates, up to four for heavy ones
-    eval_every: int = 5_000  # updates between evaluations, and between checkpoints [=]
+    eval_every: int = 5_000  # updates between evaluations and checkpoints [=]
     eval_episodes: int = 10  # per evaluation; 0: none [=]
-    final_episodes: int = 100  # behind the final score [=]
+    final_episodes: int = 100  # of the final evaluation, which gives the score [=]
     eval_env: str = "auto"  # auto: as recorded; none: no evaluation; or a Gymnasium id
-    holdout: float = 0.0  # share of episodes kept from training, for fqe.py
+    holdout: float = 0.0  # share of episodes left out of training, for fqe.py
     out: str = "runs"  # folder for results
     resume: bool = False  # continue from the last checkpoint
     # optimisation

@@ -75,11 +75,11 @@ class Args:
     steps: int = 1_000_000  # gradient updates [C bcq main.py]
     device: str = "auto"  # auto, cpu or cuda
     threads: int = 0  # of the CPU; 0: one for light updates, up to four for heavy ones
-    eval_every: int = 5_000  # updates between evaluations, and between checkpoints [=]
+    eval_every: int = 5_000  # updates between evaluations and checkpoints [=]
     eval_episodes: int = 10  # per evaluation; 0: none [=]
-    final_episodes: int = 100  # behind the final score [=]
+    final_episodes: int = 100  # of the final evaluation, which gives the score [=]
     eval_env: str = "auto"  # auto: as recorded; none: no evaluation; or a Gymnasium id
-    holdout: float = 0.0  # share of episodes kept from training, for fqe.py
+    holdout: float = 0.0  # share of episodes left out of training, for fqe.py
     out: str = "runs"  # folder for results
     resume: bool = False  # continue from the last checkpoint
     # optimisation
@@ -87,13 +87,13 @@ class Args:
     vae_lr: float = 1e-3  # Adam [C BCQ.py]
     actor_lr: float = 1e-3  # Adam, for the perturbation ξ [C BCQ.py]
     critic_lr: float = 1e-3  # Adam [C BCQ.py]
-    model_lr: float = 1e-3  # Adam, for M and the Gaussian in (E5) [D1][D2]
+    model_lr: float = 1e-3  # Adam, for M and the Gaussian in (E5) [D1] [D2]
     gamma: float = 0.99  # discount γ [C bcq main.py]
     target_rate: float = 0.005  # share of the new weights in (E11) [C bcq main.py]
     # MABCQ; the first three are BCQ's
     max_perturbation: float = 0.05  # φ in (E3), of half the action range [C bcq main.py]
     num_samples: int = 10  # N in (E4), actions per next observation [C BCQ.py]
-    min_weight: float = 0.75  # λ in (E4): 1 the critics' minimum, ½ their mean [C bcq main.py]
+    min_weight: float = 0.75  # λ in (E4): 1 is the critics' minimum, ½ their mean [C bcq main.py]
     agents: int = 3  # each moves an equal part of the action, in order [C MARL-Mujoco, Hopper]
     reweight: bool = True  # (E5) to (E8); without, every agent is an independent BCQ [P]
     weight_clip: float = 10.0  # c in (E8) [D3]

@@ -18,7 +18,7 @@ is a lower bound of the real one.
   (E1) log σ²_m = L + softplus( U − softplus(U − l_m) − L ),  networks give μ_m, l_m; L, U learned
   (E2) L_model = Σ_m mean[ (μ_m − y)² / σ²_m + log σ²_m ] + Σ_i c_i ‖W_i‖² / 2 + 0.01 Σ(U − L)
   (E3) keep network m whenever its holdout error (μ_m − y)² fell by over 1%; the best 5 are elites
-  (E4) [ŝ′ − s, r̂] ~ N(μ_e, σ²_e)(s, a),  a ~ π(·|s),  e an elite drawn in each step
+  (E4) [ŝ′ − s, r̂] ~ N(μ_e, σ²_e)(s, a),  a ~ π(·|s),  e an elite drawn for each row
   (E5) d̂ = 1 where the body has fallen at ŝ′: the rollout ends
   (E6) r̃ = r̂ − λ max_m ‖σ_m(s, a)‖₂
   (E7) ã = tanh(u), u ~ N(μ(s), σ²(s)),  log π(ã|s) = Σ_i [ log N(u_i; μ, σ²) − log(1 − ã_i²) ]
@@ -33,22 +33,22 @@ y is [s′ − s, r]. d is terminated: a truncated episode bootstraps.
 
 Differences from the paper and the official code (tianheyu927/mopo):
   D1 10,000 starts per rollout; the code's 50,000 would take a third of a CPU's time.
-  D2 H̄ = −dim(A) [OfflineRL-Kit], the code's is −3. No spectral norm: the paper's, not the code's.
-  D3 The model has dynamics_epochs at most; the code waits for (E3) alone, which takes hours.
+  D2 H̄ = −dim(A) [OfflineRL-Kit], the code's is −3. No spectral norm: only the paper has it.
+  D3 The model trains for at most dynamics_epochs; the code waits for (E3) alone, which takes hours.
   D4 A termination's next state is the real one; the code fits the jump into the next episode.
-  D5 Hopper's |s′| < 100 holds on both sides; a misplaced parenthesis leaves the code the upper one.
+  D5 Hopper's |s′| < 100 holds on both sides; the code has the upper bound alone, by a slip.
   D6 Q, π, α, targets one after the other, and no ½ in (E9): both as in sac.py.
   D7 All rows count; the code's pool keeps the last million, so half of a medium-expert set.
 
-Watch: q_policy. Where it runs away above the largest discounted return of the data, the policy
+Watch: q_policy. Where it grows above the largest discounted return of the data, the policy
 exploits the model's errors: raise --penalty-weight. `reward`, a batch's mean after the penalty, may
 lie far below the data's mean reward; only if evaluations do not rise either does the penalty
 outweigh the task.
 
 Run:     python algorithms/mopo.py --env hopper-medium
 Expect:  after a tenth of the default's updates, in a model of 10 to 30 epochs: below a clone on
-         hopper-medium, far above it on both medium-replay sets that were tried. More:
-         results/README.md.
+         hopper-medium, far above it on both medium-replay sets that were tried.
+         Scores and curves: results/README.md.
 """
 import copy
 import math
@@ -86,11 +86,11 @@ class Args:
     steps: int = 1_000_000  # gradient updates [C d4rl/base.py, rl_algorithm.py]
     device: str = "auto"  # auto, cpu or cuda
     threads: int = 0  # of the CPU; 0: one for light updates, up to four for heavy ones
-    eval_every: int = 5_000  # updates between evaluations, and between checkpoints [=]
+    eval_every: int = 5_000  # updates between evaluations and checkpoints [=]
     eval_episodes: int = 10  # per evaluation; 0: none [P]
-    final_episodes: int = 100  # behind the final score [=]
+    final_episodes: int = 100  # of the final evaluation, which gives the score [=]
     eval_env: str = "auto"  # auto: as recorded; none: no evaluation; or a Gymnasium id
-    holdout: float = 0.0  # share of episodes kept from training, for fqe.py
+    holdout: float = 0.0  # share of episodes left out of training, for fqe.py
     out: str = "runs"  # folder for results
     resume: bool = False  # continue from the last checkpoint
     # optimisation
@@ -103,10 +103,10 @@ class Args:
     dynamics_epochs: int = 100  # at most, for (E2); (E3) often stops earlier [D3]
     rollout_every: int = 1_000  # updates between rollouts [C d4rl/base.py]
     rollout_starts: int = 10_000  # states of the data that rollouts start from [D1]
-    horizon: int = 5  # steps of a rollout; for single datasets see TUNED [P Table 6]
-    penalty_weight: float = 1.0  # λ in (E6); for single datasets see TUNED [P Table 6]
+    horizon: int = 5  # steps of a rollout; see TUNED [P Table 6]
+    penalty_weight: float = 1.0  # λ in (E6); see TUNED [P Table 6]
     retain: int = 5  # rollouts that the pool has room for [C d4rl/base.py]
-    real_share: float = 0.05  # of a batch, rounded down [P App. G.2][C d4rl/base.py]
+    real_share: float = 0.05  # share of real transitions in a batch [P App. G.2][C d4rl/base.py]
 
 
 TUNED = {  # for D4RL's v0 data [P Table 6]; the code has λ = 5 for halfcheetah-medium-expert
@@ -129,7 +129,7 @@ NETWORKS, ELITES = 7, 5  # of the model [P App. G.2][C constructor.py]
 DYNAMICS_HIDDEN = 4 * (200,)  # widths of the model [P App. G.2][C constructor.py]
 WEIGHT_DECAY = (2.5e-5, 5e-5, 7.5e-5, 7.5e-5, 1e-4)  # c_i in (E2), of layer i [C constructor.py]
 DYNAMICS_LR, DYNAMICS_BATCH = 1e-3, 256  # Adam; rows of each network [C constructor.py, mopo.py]
-MAX_HOLDOUT, PATIENCE = 1_000, 5  # rows; epochs without (E3) [P App. G.2][C bnn.py]
+MAX_HOLDOUT, PATIENCE = 1_000, 5  # rows; epochs in a row without (E3) [P App. G.2][C bnn.py]
 
 
 def hopper_falls(s: Tensor) -> Tensor:
@@ -177,7 +177,7 @@ class Actor(nn.Module):
 
     @torch.no_grad()
     def act(self, obs: Tensor) -> Tensor:
-        """Raw observations (B, S) to the environment's actions (B, A): tanh(mean), no noise."""
+        """Raw observations (B, S) to the environment's own actions (B, A): tanh of the mean."""
         mean, _ = self(obs)
         return self.action_mid + self.action_half * torch.tanh(mean)
 
@@ -363,7 +363,7 @@ def imagine(args: Args, data: Dataset, dynamics: Dynamics, actor: Actor) -> Batc
         row = torch.arange(len(obs), device=obs.device)
         y = mean[elite, row] + std[elite, row] * torch.randn_like(mean[0])
         next_obs = obs + y[:, :-1]
-        # (E5) otherwise fallen robots would continue to earn
+        # (E5) otherwise a rollout would go on to collect rewards after the fall
         terminated = FALLS[data.recorded_env](next_obs)
         # (E6) over all networks, not the elites alone, and with the deviation of the reward
         reward = y[:, -1] - args.penalty_weight * std.norm(dim=-1).amax(dim=0)

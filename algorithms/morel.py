@@ -91,11 +91,11 @@ class Args:
     steps: int = 1_000_000  # gradient updates [=]
     device: str = "auto"  # auto, cpu or cuda
     threads: int = 0  # of the CPU; 0: one for light updates, up to four for heavy ones
-    eval_every: int = 5_000  # updates between evaluations, and between checkpoints [=]
+    eval_every: int = 5_000  # updates between evaluations and checkpoints [=]
     eval_episodes: int = 10  # per evaluation; 0: none [=]
-    final_episodes: int = 100  # behind the final score [=]
+    final_episodes: int = 100  # of the final evaluation, which gives the score [=]
     eval_env: str = "auto"  # auto: as recorded; none: no evaluation; or a Gymnasium id
-    holdout: float = 0.0  # share of episodes kept from training, for fqe.py
+    holdout: float = 0.0  # share of episodes left out of training, for fqe.py
     out: str = "runs"  # folder for results
     resume: bool = False  # continue from the last checkpoint
     # optimisation
@@ -113,7 +113,7 @@ class Args:
     rollout_starts: int = 10_000  # states of the data that rollouts start from [D1]
     horizon: int = 5  # steps of a rollout [D1]
     retain: int = 5  # rollouts that the pool has room for [D1]
-    real_share: float = 0.05  # of a batch, rounded down [D1]
+    real_share: float = 0.05  # share of real transitions in a batch [D1]
 
 
 HIDDEN = (256, 256)  # widths of actor and critics [=]
@@ -169,7 +169,7 @@ class Actor(nn.Module):
 
     @torch.no_grad()
     def act(self, obs: Tensor) -> Tensor:
-        """Raw observations (B, S) to the environment's actions (B, A): tanh(mean), no noise."""
+        """Raw observations (B, S) to the environment's own actions (B, A): tanh of the mean."""
         mean, _ = self(obs)
         return self.action_mid + self.action_half * torch.tanh(mean)
 

@@ -28,7 +28,8 @@ bootstraps. Observations are raw, actions lie in [-1, 1]; the actor converts the
 environment's units.
 
 Differences from the official code (google-research/google-research, jrl/agents/msg):
-  D1 N = 10, as edac.py, so that the two compare and a CPU suffices; the official commands have 64.
+  D1 N = 10, so that a CPU suffices, as in edac.py for halfcheetah and walker2d; the official
+     commands have 64.
   D2 β = −8, w = 0.1 and 2.2M updates are the official command's for antmaze. We could not verify
      the values of hopper, walker2d and halfcheetah; the code gives none, and we have not tuned.
   D3 No cloning of the data in the actor's first 50,000 steps.
@@ -37,7 +38,7 @@ Differences from the official code (google-research/google-research, jrl/agents/
      its README calls not noticeably different.
   D6 The steps are taken one after the other, Q, π, α, targets, as in sac.py; the official π has its
      gradient from Q before its step.
-  D7 (E7) multiplies log α, as sac.py; the official code multiplies α: the same fixed point.
+  D7 (E7) multiplies log α, as in sac.py; the official code multiplies α: the same fixed point.
   D8 Networks as in edac.py: PyTorch's initialisation in place of Glorot's, and −5 ≤ log σ ≤ 2.
 
 Watch: q_spread_policy, the members' std at the policy's actions, against q_spread at the data's.
@@ -45,7 +46,7 @@ A healthy policy keeps both alike. If the former grows without bound, the policy
 make β more negative or w larger.
 
 Run:     python algorithms/msg.py --env hopper-medium
-Expect:  a slow start, as edac.py. Scores and curves: results/README.md.
+Expect:  a slow start, as with edac.py. Scores and curves: results/README.md.
 """
 import copy
 import math
@@ -71,17 +72,17 @@ class Args:
     steps: int = 2_200_000  # gradient updates [C README, antmaze] [D2]
     device: str = "auto"  # auto, cpu or cuda
     threads: int = 0  # of the CPU; 0: one for light updates, up to four for heavy ones
-    eval_every: int = 5_000  # updates between evaluations, and between checkpoints [=]
+    eval_every: int = 5_000  # updates between evaluations and checkpoints [=]
     eval_episodes: int = 10  # per evaluation; 0: none [=]
-    final_episodes: int = 100  # behind the final score [=]
+    final_episodes: int = 100  # of the final evaluation, which gives the score [=]
     eval_env: str = "auto"  # auto: as recorded; none: no evaluation; or a Gymnasium id
-    holdout: float = 0.0  # share of episodes kept from training, for fqe.py
+    holdout: float = 0.0  # share of episodes left out of training, for fqe.py
     out: str = "runs"  # folder for results
     resume: bool = False  # continue from the last checkpoint
     # optimisation
     batch_size: int = 256  # transitions per update [C README]
     actor_lr: float = 3e-5  # Adam [C README]
-    entropy_lr: float = 3e-4  # Adam, for α [C learning.py]
+    entropy_lr: float = 3e-4  # Adam, for log α [C learning.py]
     critic_lr: float = 3e-4  # Adam [C README]
     gamma: float = 0.99  # discount γ [C learning.py]
     target_rate: float = 0.005  # share of the new weights in (E8) [C learning.py]
@@ -93,8 +94,8 @@ class Args:
 
 
 HIDDEN = (256, 256, 256)  # widths of actor and critics [C README]
-LOG_STD_MIN = -5.0  # as edac.py [D8]
-LOG_STD_MAX = 2.0  # as edac.py [D8]
+LOG_STD_MIN = -5.0  # as in edac.py [D8]
+LOG_STD_MAX = 2.0  # as in edac.py [D8]
 
 
 def mlp(*widths: int) -> nn.Sequential:
@@ -119,15 +120,11 @@ class Actor(nn.Module):
         mean, log_std = self.net(obs).chunk(2, dim=-1)
         return mean, log_std.clamp(LOG_STD_MIN, LOG_STD_MAX)
 
-    def to_env(self, action: Tensor) -> Tensor:
-        """[-1, 1] to the environment's own action units."""
-        return self.action_mid + self.action_half * action
-
     @torch.no_grad()
     def act(self, obs: Tensor) -> Tensor:
-        """Raw observations (B, S) to the environment's actions (B, A): tanh(mean), no noise."""
+        """Raw observations (B, S) to the environment's own actions (B, A): tanh of the mean."""
         mean, _ = self(obs)
-        return self.to_env(torch.tanh(mean))
+        return self.action_mid + self.action_half * torch.tanh(mean)
 
 
 def sample_action(mean: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor]:
@@ -224,7 +221,7 @@ def actor_loss(actor: Actor, critic: Critic, entropy_coef: Tensor, obs: Tensor,
 
 def entropy_coef_loss(log_entropy_coef: Tensor, log_prob: Tensor, target_entropy: float) -> Tensor:
     """(E7): the loss of the entropy coefficient α; log_prob carries no gradient."""
-    # (E7) E[−log π] is the entropy: α grows while it is below its target
+    # (E7) α grows while the policy's entropy, E[−log π], is below its target
     return -(log_entropy_coef * (log_prob + target_entropy)).mean()
 
 

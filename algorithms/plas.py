@@ -75,17 +75,17 @@ class Args:
     steps: int = 500_000  # gradient updates of stage 2 [C main.py]
     device: str = "auto"  # auto, cpu or cuda
     threads: int = 0  # of the CPU; 0: one for light updates, up to four for heavy ones
-    eval_every: int = 5_000  # updates between evaluations, and between checkpoints [=]
+    eval_every: int = 5_000  # updates between evaluations and checkpoints [=]
     eval_episodes: int = 10  # per evaluation; 0: none [C main.py]
-    final_episodes: int = 100  # behind the final score [=]
+    final_episodes: int = 100  # of the final evaluation, which gives the score [=]
     eval_env: str = "auto"  # auto: as recorded; none: no evaluation; or a Gymnasium id
-    holdout: float = 0.0  # share of episodes kept from training, for fqe.py
+    holdout: float = 0.0  # share of episodes left out of training, for fqe.py
     out: str = "runs"  # folder for results
     resume: bool = False  # continue from the last checkpoint
     # optimisation
     batch_size: int = 100  # transitions per update, in both stages [C main.py]
-    vae_lr: float = 1e-3  # Adam [D3]; the official code has 1e-4
-    actor_lr: float = 1e-4  # Adam, for h [C main.py]; the class's own default is 1e-3
+    vae_lr: float = 1e-3  # Adam; the official code has 1e-4 [D3]
+    actor_lr: float = 1e-4  # Adam, for h; the class's own default is 1e-3 [C main.py]
     critic_lr: float = 1e-3  # Adam [C main.py]
     gamma: float = 0.99  # discount γ [C algos.py]
     target_rate: float = 0.005  # share of the new weights in (E6) [C main.py]

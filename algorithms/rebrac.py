@@ -73,15 +73,15 @@ class Args:
     steps: int = 1_000_000  # gradient updates [C rebrac.py]
     device: str = "auto"  # auto, cpu or cuda
     threads: int = 0  # of the CPU; 0: one for light updates, up to four for heavy ones
-    eval_every: int = 5_000  # updates between evaluations, and between checkpoints [C rebrac.py]
+    eval_every: int = 5_000  # updates between evaluations and checkpoints [C rebrac.py]
     eval_episodes: int = 10  # per evaluation; 0: none [C rebrac.py]
-    final_episodes: int = 100  # behind the final score [=]
+    final_episodes: int = 100  # of the final evaluation, which gives the score [=]
     eval_env: str = "auto"  # auto: as recorded; none: no evaluation; or a Gymnasium id
-    holdout: float = 0.0  # share of episodes kept from training, for fqe.py
+    holdout: float = 0.0  # share of episodes left out of training, for fqe.py
     out: str = "runs"  # folder for results
     resume: bool = False  # continue from the last checkpoint
     # optimisation
-    batch_size: int = 1024  # transitions per update [C rebrac.py]; 256 outside locomotion
+    batch_size: int = 1024  # transitions per update; 256 outside locomotion [C rebrac.py]
     actor_lr: float = 1e-3  # Adam [C rebrac.py]
     critic_lr: float = 1e-3  # Adam [C rebrac.py]
     gamma: float = 0.99  # discount γ [C rebrac.py]
@@ -90,8 +90,8 @@ class Args:
     policy_noise: float = 0.2  # σ in (E1) [C rebrac.py]
     noise_clip: float = 0.5  # c in (E1) [C rebrac.py]
     policy_delay: int = 2  # critic updates per update of actor and targets [C rebrac.py]
-    actor_penalty: float = 0.01  # β₁ in (E5), larger clones more; also see TUNED [D3]
-    critic_penalty: float = 0.01  # β₂ in (E2); also see TUNED [D3]
+    actor_penalty: float = 0.01  # β₁ in (E5), larger clones more; see TUNED [D3]
+    critic_penalty: float = 0.01  # β₂ in (E2); see TUNED [D3]
 
 
 # chosen by the authors for each dataset, over a grid, by its score [C configs/rebrac] [D1]
@@ -225,7 +225,7 @@ def critic_loss(critic: Critic, batch: Batch, y: Tensor) -> tuple[Tensor, Tensor
 
 
 def actor_loss(actor: Actor, critic: Critic, batch: Batch,
-               actor_penalty: float) -> tuple[Tensor, ...]:
+               actor_penalty: float) -> tuple[Tensor, Tensor, Tensor]:
     """(E4), (E5); also the cloning error and the mean of min_k Q_k at the policy's actions."""
     action = actor(batch.obs)
     q = critic(batch.obs, action).min(dim=0).values  # (B,) of both critics; TD3+BC has the first

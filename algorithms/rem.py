@@ -70,18 +70,18 @@ class Args:
     steps: int = 100_000  # gradient updates [=]
     device: str = "auto"  # auto, cpu or cuda
     threads: int = 0  # of the CPU; 0: one for light updates, up to four for heavy ones
-    eval_every: int = 5_000  # updates between evaluations, and between checkpoints [=]
+    eval_every: int = 5_000  # updates between evaluations and checkpoints [=]
     eval_episodes: int = 10  # per evaluation; 0: none [=]
-    final_episodes: int = 100  # behind the final score [=]
+    final_episodes: int = 100  # of the final evaluation, which gives the score [=]
     eval_env: str = "auto"  # auto: as recorded; none: no evaluation; or a Gymnasium id
-    holdout: float = 0.0  # share of episodes kept from training, for fqe.py
+    holdout: float = 0.0  # share of episodes left out of training, for fqe.py
     out: str = "runs"  # folder for results
     resume: bool = False  # continue from the last checkpoint
     # optimisation
     batch_size: int = 32  # transitions per update [C fixed_replay/configs]
     learning_rate: float = 5e-5  # Adam [C fixed_replay/configs]
     gamma: float = 0.99  # discount γ [C fixed_replay/configs]
-    target_every: int = 2_000  # updates between (E5) [C fixed_replay/configs] [D2]
+    target_every: int = 2_000  # updates between copies (E5) [C fixed_replay/configs] [D2]
     # REM
     num_heads: int = 200  # K [C fixed_replay/configs]
     ensemble: bool = False  # Ensemble-DQN: each head on its own target [C multi_head_dqn_agent.py]

@@ -31,7 +31,7 @@ Differences from the papers and from rlkit, the code family that made D4RL's dat
   D4 (E5) multiplies log α [rlkit], not α [CleanRL, d3rlpy]: the same fixed point, another speed.
 
 Watch: q_policy. A healthy run would keep it below the largest discounted return of the data, as
-td3_bc.py does. Here it grows and grows, q_data follows, and the policy is of no use.
+td3_bc.py does. Here it grows without bound, q_data follows, and the policy is of no use.
 
 Run:     python algorithms/sac.py --env hopper-medium
 Expect:  on hopper-medium a score near 0 while q_policy passes any possible return; on its replay
@@ -62,11 +62,11 @@ class Args:
     steps: int = 1_000_000  # gradient updates [=]
     device: str = "auto"  # auto, cpu or cuda
     threads: int = 0  # of the CPU; 0: one for light updates, up to four for heavy ones
-    eval_every: int = 5_000  # updates between evaluations, and between checkpoints [=]
+    eval_every: int = 5_000  # updates between evaluations and checkpoints [=]
     eval_episodes: int = 10  # per evaluation; 0: none [=]
-    final_episodes: int = 100  # behind the final score [=]
+    final_episodes: int = 100  # of the final evaluation, which gives the score [=]
     eval_env: str = "auto"  # auto: as recorded; none: no evaluation; or a Gymnasium id
-    holdout: float = 0.0  # share of episodes kept from training, for fqe.py
+    holdout: float = 0.0  # share of episodes left out of training, for fqe.py
     out: str = "runs"  # folder for results
     resume: bool = False  # continue from the last checkpoint
     # optimisation
@@ -104,15 +104,11 @@ class Actor(nn.Module):
         mean, log_std = self.net(obs).chunk(2, dim=-1)
         return mean, log_std.clamp(LOG_STD_MIN, LOG_STD_MAX)
 
-    def to_env(self, action: Tensor) -> Tensor:
-        """[-1, 1] to the environment's own action units."""
-        return self.action_mid + self.action_half * action
-
     @torch.no_grad()
     def act(self, obs: Tensor) -> Tensor:
-        """Raw observations (B, S) to the environment's actions (B, A): tanh(mean), no noise."""
+        """Raw observations (B, S) to the environment's own actions (B, A): tanh of the mean."""
         mean, _ = self(obs)
-        return self.to_env(torch.tanh(mean))
+        return self.action_mid + self.action_half * torch.tanh(mean)
 
 
 def sample_action(mean: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor]:
@@ -187,7 +183,7 @@ def actor_loss(actor: Actor, critic: Critic, entropy_coef: Tensor,
 
 def entropy_coef_loss(log_entropy_coef: Tensor, log_prob: Tensor, target_entropy: float) -> Tensor:
     """(E5): the loss of the entropy coefficient α; log_prob carries no gradient."""
-    # (E5) E[−log π] is the entropy: α grows while it is below its target
+    # (E5) α grows while the policy's entropy, E[−log π], is below its target
     return -(log_entropy_coef * (log_prob + target_entropy)).mean()
 
 

@@ -23,11 +23,11 @@ Differences from the paper; none known from the official code (sfujim/TD3_BC):
   D1 (E4) averages |Q| over the policy's actions [code]; the paper's formula has the data's.
   D2 (E5) averages the squared error over action dimensions [code]; the paper's formula sums.
 
-Watch: q_policy stays near q_data, a little above it. If it runs away upwards, the policy has left
-the data: lower --q-weight. cloning_error stays near that of bc.py on the same data.
+Watch: q_policy stays near q_data, a little above it. If it grows without bound, the policy has
+left the data: lower --q-weight. cloning_error stays near that of bc.py on the same data.
 
 Run:     python algorithms/td3_bc.py --env hopper-medium
-Expect:  clearly above a clone on mixed data after 100,000 updates; evaluations swing on the way.
+Expect:  clearly above a clone on mixed data after 100,000 updates; evaluations fluctuate.
          Scores and curves: results/README.md.
 """
 import copy
@@ -54,11 +54,11 @@ class Args:
     steps: int = 1_000_000  # gradient updates [C main.py]
     device: str = "auto"  # auto, cpu or cuda
     threads: int = 0  # of the CPU; 0: one for light updates, up to four for heavy ones
-    eval_every: int = 5_000  # updates between evaluations, and between checkpoints [C main.py]
+    eval_every: int = 5_000  # updates between evaluations and checkpoints [C main.py]
     eval_episodes: int = 10  # per evaluation; 0: none [C main.py]
-    final_episodes: int = 100  # behind the final score [=]
+    final_episodes: int = 100  # of the final evaluation, which gives the score [=]
     eval_env: str = "auto"  # auto: as recorded; none: no evaluation; or a Gymnasium id
-    holdout: float = 0.0  # share of episodes kept from training, for fqe.py
+    holdout: float = 0.0  # share of episodes left out of training, for fqe.py
     out: str = "runs"  # folder for results
     resume: bool = False  # continue from the last checkpoint
     # optimisation

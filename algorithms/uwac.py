@@ -75,14 +75,14 @@ class Args:
     # run
     env: str = "hopper-medium"  # suite dataset, Minari id, or path of a .hdf5 or .npz file
     seed: int = 0  # of networks, batches and evaluation episodes
-    steps: int = 500_000  # gradient updates, as bear.py's [=]; the script has 3M
+    steps: int = 500_000  # gradient updates, as in bear.py; the script has 3M [=]
     device: str = "auto"  # auto, cpu or cuda
     threads: int = 0  # of the CPU; 0: one for light updates, up to four for heavy ones
-    eval_every: int = 5_000  # updates between evaluations, and between checkpoints [=]
+    eval_every: int = 5_000  # updates between evaluations and checkpoints [=]
     eval_episodes: int = 10  # per evaluation; 0: none [=]
-    final_episodes: int = 100  # behind the final score [=]
+    final_episodes: int = 100  # of the final evaluation, which gives the score [=]
     eval_env: str = "auto"  # auto: as recorded; none: no evaluation; or a Gymnasium id
-    holdout: float = 0.0  # share of episodes kept from training, for fqe.py
+    holdout: float = 0.0  # share of episodes left out of training, for fqe.py
     out: str = "runs"  # folder for results
     resume: bool = False  # continue from the last checkpoint
     # optimisation
@@ -100,11 +100,11 @@ class Args:
     kernel: Literal["gaussian", "laplacian"] = "gaussian"  # κ in (E6) [C UWAC_hdf5_d4rl.py]
     bandwidth: float = 20.0  # h in (E6); 50 for walker2d, says a comment [C UWAC_hdf5_d4rl.py]
     max_mmd: float = 0.07  # ε in (E6), (E7) [C UWAC_hdf5_d4rl.py]
-    warm_up_steps: int = 40_000  # first updates, with (E6) without Q [C uwac_dropout.py]
+    warm_up_steps: int = 40_000  # first updates, in which (E6) leaves out Q [C uwac_dropout.py]
     # UWAC
     dropout_rate: float = 0.1  # p in (E2), rounded to 1/256 [C UWAC_hdf5_d4rl.py] [D2]
     passes: int = 10  # T in (E3); 100 in networks.py [D1]
-    weighting: Literal["exponential", "inverse"] = "exponential"  # w in (E4) [C]; inverse [P]
+    weighting: Literal["exponential", "inverse"] = "exponential"  # w in (E4), inverse as in [P] [C]
     beta: float = 0.5  # β in (E4): larger trusts Q less, if inverse more [C UWAC_hdf5_d4rl.py]
 
 

@@ -128,7 +128,7 @@ def test_td_target_equals_a_loop(monkeypatch):
     after a termination."""
     actor, critic, batch, expected = make(Actor, 3, 2), make(Critic, 3, 2), tiny_batch(), []
     draws = record_draws(monkeypatch, "randn_like")
-    y = combo.td_target(critic, actor(batch.next_obs), batch, 0.9)
+    y = combo.td_target(actor, critic, batch, 0.9)
     for b in range(4):
         action, _ = slow_sample(actor, batch.next_obs[b], draws[0][b], -5.0)
         q = min(slow_critic(critic, k, batch.next_obs[b], action) for k in range(2))
@@ -331,7 +331,7 @@ def test_update_is_the_algorithm_box(beta):
                 for name in real._fields
             }
         )
-        y = combo.td_target(critic_target, actor(batch.next_obs), batch, 0.9)
+        y = combo.td_target(actor, critic_target, batch, 0.9)
         soft_max = combo.soft_max_q(actor, critic, model.obs, model.next_obs, 3)
         q_loss, gap, q_data = combo.critic_loss(critic, batch, 2, y, soft_max, beta)
         plain = sac.critic_loss(critic, batch, y)[0]
@@ -364,7 +364,7 @@ def test_update_is_the_algorithm_box(beta):
 def test_the_critics_loss_moves_the_critic_only():
     """No gradient to the policy that proposed the actions, nor to Q̄."""
     batch, (actor, critic, critic_target, _) = tiny_batch(), networks()
-    y = combo.td_target(critic_target, actor(batch.next_obs), batch, 0.9)
+    y = combo.td_target(actor, critic_target, batch, 0.9)
     soft_max = combo.soft_max_q(actor, critic, batch.obs[2:], batch.next_obs[2:], 3)
     loss, gap, _ = combo.critic_loss(critic, batch, 2, y, soft_max, 1.0)
     loss.backward()

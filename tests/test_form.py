@@ -19,8 +19,7 @@ SAC = {"sac", "cql", "edac", "mopo", "morel", "combo"}
 # their own form.
 FAMILIES = {
     "Actor": [
-        {"sac", "cql", "edac", "msg"},
-        {"mopo", "morel", "combo"},
+        SAC | {"msg"},
         {"bc", "td3_bc"},
         {"bear", "uwac"},
         {"crr", "iql"},
@@ -47,7 +46,7 @@ FAMILIES = {
     ],
     "actor_loss": [SAC, {"awac", "crr", "iql"}],
     "entropy_coef_loss": [SAC | {"msg"}, {"algae_dice", "brac"}],
-    "td_target": [{"awac", "crr"}, {"combo", "cql"}],
+    "td_target": [{"awac", "crr"}],
     "Dynamics": [{"combo", "mopo"}],
     "dynamics_loss": [{"combo", "mopo"}],
     "fit": [{"combo", "mopo"}],

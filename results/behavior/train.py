@@ -117,7 +117,7 @@ class SacLearner:
             action = 2 * torch.rand(1, self.action_dim) - 1
         else:
             action, _ = sac.sample_action(*self.actor(obs[None]))
-        return action[0], self.actor.to_env(action)[0].numpy()
+        return action[0], (self.actor.action_mid + self.actor.action_half * action)[0].numpy()
 
     def update(self, buffer: ReplayBuffer, step: int) -> None:
         sac.update(self.args, buffer, **self.learned)
