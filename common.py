@@ -1,4 +1,4 @@
-"""What the algorithm files share, and nothing they learn with: data, evaluation, the run record.
+"""Shared by all algorithm files: data, evaluation, the record of a run. Nothing here learns.
 
   1. Data        load_dataset(name) gives a Dataset of named tensors, data.sample(256) a Batch
   2. Evaluation  evaluate(act, env_spec, episodes, seed) gives the return of each episode
@@ -8,8 +8,8 @@
   6. Speed       matrix products, threads, CUDA graphs
 
 An episode ends in one of two ways. `terminated`: the task is over (the robot fell), and what would
-follow is worth zero. `truncated`: the recording stops (a time limit), and what would follow is
-worth as much as before. Only `terminated` may stop a bootstrap.
+follow is worth zero. `truncated`: only the recording stops (a time limit), and the last state keeps
+its value. Only `terminated` may stop a bootstrap.
 """
 import copy
 import ctypes
@@ -36,16 +36,27 @@ from pathlib import Path
 from types import MethodType
 from typing import NamedTuple, NoReturn
 
-try:  # glibc keeps freed memory; asking the kernel for it anew costs CQL a quarter of its speed
-    ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-    ctypes.CDLL(None).mallopt(-3, 2**27)  # M_MMAP_THRESHOLD: what is larger (rollouts in a model)
-    # goes back at once, or pieces of many sizes would fill the memory
+try:  # By default glibc returns freed memory; asking for it anew costs CQL a quarter of its speed.
+    ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: keep it
+    ctypes.CDLL(None).mallopt(-3, 2**27)  # M_MMAP_THRESHOLD: larger blocks still go back at once
 except (AttributeError, OSError, TypeError):  # another C library, or Windows
     pass
 
 # Threads that wait for work sleep instead of spinning: beside another process, spinning threads
 # lose four fifths of their speed. Torch reads this when it is loaded, so files import common first.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
+def excepthook(kind, error, trace) -> None:
+    """Ctrl-C before the run begins, as while torch is loaded: a line in place of a traceback."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("error: stopped", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+if sys.excepthook is sys.__excepthook__:  # no debugger has its own
+    sys.excepthook = excepthook
 
 import gymnasium as gym
 import numpy as np
@@ -72,7 +83,7 @@ HERE = Path(__file__).resolve().parent
 
 
 if hasattr(sys.stdout, "reconfigure"):
-    sys.stdout.reconfigure(errors="replace")  # a sign that the terminal lacks must not end a run
+    sys.stdout.reconfigure(errors="replace")  # a character that the terminal lacks ends no run
 
 
 def fail(message: str) -> NoReturn:
@@ -87,7 +98,7 @@ def notice(message: str) -> None:
 
 
 def say(message: str) -> None:
-    """One line of output. A reader who left, as `| head` does, must not end a training."""
+    """One line of output. Training continues where the reader of a pipe, as `| head`, has left."""
     try:
         tqdm.write(message)
         sys.stdout.flush()
@@ -99,15 +110,15 @@ def check_range(args, names: str, low: float, high: float = math.inf) -> None:
     """Each setting in `names` (separated by blanks) must lie in [low, high]; else the run ends."""
     for name in names.split():
         value = getattr(args, name)
-        if not low <= value <= high:
+        if not low <= value <= high or value == math.inf:
             bounds = f"at least {low}" if high == math.inf else f"between {low} and {high}"
             fail(f"--{name.replace('_', '-')} must be {bounds}, not {value}")
 
 
 def parse_args(args_class, tuned: dict[str, dict]):
-    """The command line. On a dataset in `tuned` its values replace the defaults and are printed.
+    """Parses the command line. On a dataset in `tuned` its values replace the defaults.
 
-    What the user sets has priority. --help shows the table.
+    They are printed. What the user sets has priority. --help shows the table.
     """
     import tyro
 
@@ -139,9 +150,10 @@ class Batch(NamedTuple):
 class Dataset:
     """N logged transitions in the order of recording, as tensors on one device.
 
-    obs (N, S), action (N, A) in [-1, 1] or (N,) integers from 0, reward (N,), next_obs (N, S),
-    terminated (N,) 0 or 1, truncated (N,) bool. The environment's own action is
-    action_mid + action_half * action; a discrete one is first_action + action.
+    obs and next_obs (N, S) float32, or images as bytes; action (N, A) float32 in [-1, 1], or (N,)
+    int64 from 0; reward (N,) float32; terminated (N,) float32, 0 or 1; truncated (N,) bool. The
+    environment's own action is action_mid + action_half * action, a discrete one is first_action +
+    action.
     """
 
     def __init__(self, name: str, columns: dict[str, Tensor], action_space: spaces.Space,
@@ -193,8 +205,10 @@ class Dataset:
         return self.rows(self.draw_rows(batch_size))
 
     def episodes(self) -> tuple[np.ndarray, np.ndarray]:
-        """First row of each episode and the row after its last, (E,) each; an unfinished last
-        episode counts."""
+        """First row of each episode, and the row after its last one, (E,) each.
+
+        An unfinished last episode counts.
+        """
         ends = self.terminated.bool() | self.truncated
         stops = np.union1d(ends.nonzero().cpu().numpy() + 1, self.size)
         return np.append(0, stops[:-1]), stops
@@ -204,20 +218,25 @@ class Dataset:
         return np.add.reduceat(self.reward.double().cpu().numpy(), self.episodes()[0])
 
     def finished(self) -> np.ndarray:
-        """Which episodes have an end in the data, (E,): of a last one that was cut off the return
-        is not known. All, where none has."""
+        """(E,): True where an episode ends in the data; the return of one cut off is not known.
+
+        All True where no episode ends.
+        """
         ends = (self.terminated.bool() | self.truncated).cpu().numpy()[self.episodes()[1] - 1]
         return ends | ~ends.any()
 
     def keep(self, index: np.ndarray) -> None:
-        """Keeps only these rows, in this order: whole episodes, or their ends no longer fit."""
+        """Keeps only the rows of this index (M,), in this order.
+
+        Give whole episodes if episodes() or returns() are used afterwards.
+        """
         index = torch.as_tensor(index, device=self.device)
         for name in COLUMNS:
             setattr(self, name, getattr(self, name).index_select(0, index))
         self.size = len(index)
 
     def score(self, returns) -> float | None:
-        """D4RL's normalised mean return; None where no returns are known that score 0 and 100."""
+        """D4RL's normalised mean return; None where score_range is not known."""
         low, high = self.score_range
         if not low < high:
             return None
@@ -234,19 +253,18 @@ class Dataset:
 
 
 def load_dataset(name: str, device: str = "auto", discrete: bool | None = False,
-                 images: bool = False, eval_env: str = "auto", holdout: float = 0.0,
-                 held_out: bool = False) -> Dataset:
+                 images: bool = False, eval_env: str = "auto", holdout: float = 0.0) -> Dataset:
     """A suite dataset (hopper-medium), a Minari dataset by its id, or a file by its path.
 
-    `discrete` says which actions the algorithm takes (None: both), `images` whether its network
-    takes images. `eval_env` is what to evaluate in: "auto" the recorded environment, "none"
-    nothing, or a Gymnasium id. `holdout` is the share of episodes that training must not see;
-    held_out=True gives these episodes instead. What does not fit ends the run with one line.
+    `device` is "cpu", "cuda", or "auto": CUDA where PyTorch finds it. `discrete` says which actions
+    the algorithm takes (None: both), `images` whether its network takes images. `eval_env` is what
+    to evaluate in: "auto" the recorded environment, "none" nothing, or a Gymnasium id. `holdout` is
+    the share of episodes that are left out. What does not fit ends the run with one line.
     """
-    found = torch.cuda.is_available()
-    if device not in ("auto", "cpu", "cuda") or (device == "cuda" and not found):
+    has_cuda = torch.cuda.is_available()
+    if device not in ("auto", "cpu", "cuda") or (device == "cuda" and not has_cuda):
         fail(f"--device {device}: give auto, cpu or, where PyTorch finds one, cuda")
-    target = "cuda" if found and device != "cpu" else "cpu"
+    target = "cuda" if has_cuda and device != "cpu" else "cpu"
     source = read_source(name, eval_env)
     check_source(name, source, discrete, images)
     columns = source.columns
@@ -257,8 +275,8 @@ def load_dataset(name: str, device: str = "auto", discrete: bool | None = False,
     data = Dataset(name, tensors, action_space, env_spec, score_range, target)
     if source.env:  # known also where nothing is evaluated
         data.recorded_env = env_id(source.env).rpartition(":")[2]  # without its module
-    if holdout != 0 or held_out:
-        split_episodes(data, holdout, held_out)
+    if holdout != 0:
+        split_episodes(data, holdout, held_out=False)
     return data
 
 
@@ -282,7 +300,8 @@ def make_env(env: str) -> gym.Env:
     if "mujoco" in str(spec.entry_point):
         import mujoco  # its warnings about its own models would fill the terminal and a log file
 
-        getattr(mujoco, "set_mju_user_warning", lambda handler: None)(lambda message: None)
+        if hasattr(mujoco, "set_mju_user_warning"):
+            mujoco.set_mju_user_warning(lambda message: None)
     return gym.make(spec, disable_env_checker=True)
 
 
@@ -313,24 +332,26 @@ def is_image(space: spaces.Space) -> bool:
 
 
 def decode_action(space: spaces.Space, action: np.ndarray):
-    """One row of what act gives, as the environment takes it."""
+    """One row of a policy's answer, (A,) or (), as the environment's step takes it."""
     if isinstance(space, spaces.Discrete):
         return int(action)
     if np.issubdtype(space.dtype, np.integer):
         action = np.round(action)
-    action = action.reshape(space.shape).astype(space.dtype)
-    return action.clip(space.low, space.high)  # float32 may have left them by its last digit
+    # clipped first: an integer type would wrap around
+    return action.reshape(space.shape).clip(space.low, space.high).astype(space.dtype)
 
 
 def evaluate(act: Callable, env_spec: str, episodes: int, seed: int = 0, device="cpu",
              record: Callable | None = None) -> np.ndarray:
-    """Undiscounted returns (E,) of a policy, act: raw observations (E, S) -> own actions (E, A).
+    """Undiscounted returns (E,) of a policy, act.
 
+    act takes raw observations (E, S) and gives the environment's own actions, (E, A) or (E,).
     Episode i starts from seed + i. Up to MAX_ENVS episodes are played at a time, with one call of
-    act for all: row i remains one episode until the last one ends, and act's answer for an ended
-    episode is ignored.
-    `record(i, obs, action, reward, next_obs, terminated, truncated)` sees each transition.
-    A policy with a memory has act.start(rows) and, called after each step, act.record(row, reward).
+    act for all: a row remains one episode until the last one ends, and act's answer for an ended
+    episode is ignored. `record(i, obs, action, reward, next_obs, terminated, truncated)` sees each
+    transition of episode i. A policy with a memory has act.start(rows) and, called after each step,
+    act.record(row, reward), the row within the group.
+    Raises ValueError where a reward or an observation is not finite.
     """
     envs = []
     returns = []
@@ -342,7 +363,7 @@ def evaluate(act: Callable, env_spec: str, episodes: int, seed: int = 0, device=
             returns += play(act, group, first, seed, device, record)
     finally:
         for env in envs:
-            with suppress(Exception):  # all is played; how it closes does not matter
+            with suppress(Exception):  # an error while closing changes no result
                 env.close()
     return np.array(returns)
 
@@ -371,7 +392,8 @@ def play(act: Callable, envs: list[gym.Env], first: int, seed: int, device,
             terminated = bool(terminated)
             truncated = bool(truncated)
             if record:
-                record(first + i, obs[i].copy(), action[i], reward, next_obs, terminated, truncated)
+                record(first + i, obs[i].copy(), action[i], reward, next_obs.copy(), terminated,
+                       truncated)
             if hasattr(act, "record"):
                 act.record(i, reward)
             obs[i] = next_obs
@@ -384,7 +406,7 @@ def play(act: Callable, envs: list[gym.Env], first: int, seed: int, device,
 # ---- 3. Run record
 
 MAY_CHANGE = (  # settings that may be others when a run resumes: they do not change what it learns,
-    # but for --steps in iql.py, whose learning rate falls to 0 at the last one
+    # but for --steps in iql.py, whose learning rate falls to 0 at the last step
     "env", "resume", "out", "device", "threads", "steps", "eval_every", "eval_episodes",
     "final_episodes", "eval_env")
 
@@ -397,7 +419,10 @@ def run_folder(args, algorithm: str) -> Path:
 
 
 def take_folder(folder: Path, resume: bool = False):
-    """Locks a run's folder against other processes. A fresh run renames an earlier one."""
+    """Locks a run's folder against other processes, and gives the open lock file.
+
+    A fresh run renames an earlier one. Where another process has the lock, the run ends.
+    """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock = lock_file(folder.parent / f".{folder.name}.lock")
@@ -405,7 +430,8 @@ def take_folder(folder: Path, resume: bool = False):
             fail(f"another process is writing {folder}; wait for its end, or give another --seed "
                  "or --out")
         if folder.exists() and not resume:
-            folder.rename(f"{folder}.{datetime.now():%Y%m%d-%H%M%S-%f}")
+            earlier = folder.rename(f"{folder}.{datetime.now():%Y%m%d-%H%M%S-%f}")
+            notice(f"the earlier run in {folder} is now {earlier}")
         for part in folder.glob(".[0-9]*"):  # what a killed process left half written
             part.unlink()
     except OSError as error:
@@ -489,7 +515,7 @@ class Run:
     def step(self, step: int, metrics: dict[str, Tensor]) -> None:
         """After each update. Every 100 it logs, every --eval-every it saves and evaluates.
 
-        After Ctrl-C it saves and ends the run.
+        `metrics` are tensors of one number, without gradient. After Ctrl-C it saves and ends.
         """
         if self.bar.n == self.bar.initial:
             self.bar.unpause()  # its clock starts here: what was fitted before does not count
@@ -502,7 +528,9 @@ class Run:
         values = {name: float(value) for name, value in self.metrics.items()}
         for name, value in values.items():
             if not math.isfinite(value):
-                self._fail(f"{name} is {value} by step {step:,}; {self._last_state()}")
+                kept = f"; {self.checkpoint} is from before" if self.checkpoint.exists() else ""
+                self._fail(f"{name} is {value} by step {step:,}{kept}; --resume would end the same "
+                           "way, start again with a smaller learning rate")
         shown = " ".join(f"{name} {value:.3g}" for name, value in values.items())
         self.bar.set_postfix_str(shown, refresh=False)
         if due:
@@ -597,16 +625,16 @@ class Run:
             saved = torch.load(path, map_location=self.data.device, weights_only=True)
             step = saved["step"]
             if saved["settings"]["data"] != self.settings["data"]:
-                fail(f"--resume, but {path} is of other data, or of other action bounds, which "
-                     "--eval-env may give; use the same (--eval-episodes 0 --final-episodes 0 "
-                     "plays nothing) or start without --resume")
+                fail(f"--resume, but the data are not those of {path}: another dataset, or other "
+                     "action bounds, which --eval-env may give; use the same (--eval-episodes 0 "
+                     "--final-episodes 0 plays nothing) or start without --resume")
             other = [f"{key} was {value}" for key, value in saved["settings"].items()
                      if key not in MAY_CHANGE and self.settings.get(key) != value]
             if other:
                 fail(f"--resume with other settings: {', '.join(other)}; "
                      "use the same or start without --resume")
             if step > self.args.steps:
-                fail(f"--resume, but {path} is of step {step:,}, more than --steps "
+                fail(f"--resume, but {path} was saved at step {step:,}, more than --steps "
                      f"{self.args.steps:,}")
             for name, part in self.learned.items():
                 if isinstance(part, Tensor):
@@ -624,7 +652,7 @@ class Run:
             if self.data.device.type == "cuda" and "cuda_rng" in saved:
                 torch.cuda.set_rng_state(saved["cuda_rng"].cpu())
         except Exception as error:
-            fail(f"--resume, but {path} is damaged or not of this program "
+            fail(f"--resume, but {path} is damaged or from another program "
                  f"({type(error).__name__}); start without --resume")
         return step
 
@@ -661,7 +689,7 @@ class Run:
                 returns = evaluate(self.actor.act, data.env_spec, episodes, 10**6 * seed,
                                    data.device)
         except (Exception, SystemExit) as error:  # whatever an environment may raise
-            if self.stop:  # no failure: _on_signal ends the run
+            if self.stop:  # the run was stopped: the environment did not fail
                 raise
             self._fail(f"the evaluation in {env_id(data.env_spec)} failed ("
                        f"{type(error).__name__}: {error}); training is saved in {self.checkpoint}, "
@@ -685,8 +713,9 @@ OTHER_BODIES = {  # D4RL's further bodies, as in SUITE; None: no environment of 
     "door": ("gymnasium_robotics:AdroitHandDoor-v1", -56.512833, 2880.5693087298737),
     "relocate": ("gymnasium_robotics:AdroitHandRelocate-v1", -6.425911, 4233.877797728884),
 }
+COLUMNS_VERSION = 1  # of the columns that are kept beside a Minari dataset; a change reads it anew
 MOST_ACTIONS = 10_000  # of a file whose environment is not known
-DESKTOP_WRAPPERS = ("RecordVideo", "HumanRendering", "RenderCollection")  # they film or show
+RENDER_WRAPPERS = ("RecordVideo", "HumanRendering", "RenderCollection")  # they film or show
 KEYS = ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations")
 
 
@@ -705,7 +734,7 @@ def is_file(name: str) -> bool:
 
 
 def env_id(env: str | None) -> str | None:
-    """The id in a recorded specification; what is none remains as it is."""
+    """The id in a recorded specification; an id or None is returned unchanged."""
     try:
         return json.loads(env)["id"]
     except (KeyError, TypeError, ValueError):
@@ -714,20 +743,18 @@ def env_id(env: str | None) -> str | None:
 
 def read_source(name: str, eval_env: str) -> Source:
     """What stands behind a name. A dataset of the suite is built, another one downloaded first."""
-    ids = [name]
-    if name in NAMES:
-        body, _, level = name.partition("-")
-        levels = ("medium", "expert") if level == "medium-expert" else (level,)
-        ids = [build_suite_dataset(body, each) for each in levels]
-    elif not is_file(name):
-        find_minari(name)
     try:
         with np.errstate(over="ignore"):  # check_source names what float32 can't hold
             if is_file(name):
                 return read_file(Path(name).expanduser(), eval_env)
-            return join([read_minari(each) for each in ids])
+            if name not in NAMES:
+                find_minari(name)
+                return read_minari(name)
+            body, _, level = name.partition("-")
+            levels = ("medium", "expert") if level == "medium-expert" else (level,)
+            return join([read_minari(build_suite_dataset(body, each)) for each in levels])
     except KeyboardInterrupt:
-        fail(f"stopped while {name} was read; nothing was written")
+        fail(f"stopped while {name} was loaded; no run was started")
     except Exception as error:  # a damaged file, an unknown layout
         fail(f"can't read {name}: {type(error).__name__}, {error}")
 
@@ -796,14 +823,15 @@ def find_minari(name: str) -> None:
     import minari
 
     if re.fullmatch(r"[\w./-]+", name):
-        if (minari_folder(name) / "data").exists():
+        if (minari_folder(name) / "data" / "metadata.json").exists():
             return
     near = ", ".join(difflib.get_close_matches(name, NAMES, 3, 0))
     if not re.fullmatch(r"[\w-]+(/[\w-]+)+-v\d+", name) or Path(name).exists():
         fail(f"unknown dataset '{name}'; near are {near}; a Minari id ends in its version, as -v0, "
              "and a file must be .hdf5, .h5 or .npz")
     try:
-        minari.download_dataset(name)
+        # a download that was interrupted left its folder, and Minari would take it as complete
+        minari.download_dataset(name, force_download=minari_folder(name).exists())
     except Exception as error:  # whatever a network or a store may have
         fail(f"{name} is not on this disk and could not be downloaded ({type(error).__name__}: "
              f"{error}); datasets that are built here have names like {near}")
@@ -821,7 +849,8 @@ def read_minari(dataset_id: str) -> Source:
     check_action_space(dataset_id, storage.action_space)
     kept = folder / "columns.npz"
     parts = sorted((folder / "data").rglob("*"))  # each one: cp -p and rsync keep old times
-    stamp = str([(path.name, path.stat().st_mtime_ns, path.stat().st_size) for path in parts])
+    stamp = [(path.name, path.stat().st_mtime_ns, path.stat().st_size) for path in parts]
+    stamp = f"{COLUMNS_VERSION} {stamp}"
     columns = read_kept_columns(kept, stamp)
     if columns is None:
         columns = flatten_episodes(dataset_id, storage)
@@ -879,17 +908,15 @@ def flatten_episodes(dataset_id: str, storage) -> dict[str, np.ndarray]:
 
 
 def flatten_obs(space: spaces.Space, values) -> np.ndarray:
-    """T observations as encode_obs makes them, (T, S)."""
-    return np.asarray(values) if is_image(space) else flatten_part(space, values)
-
-
-def flatten_part(space: spaces.Space, values) -> np.ndarray:
-    """T values of a space, (T, S); the parts of Dict and Tuple spaces side by side."""
+    """T observations as encode_obs makes them: (T, S), or images as they are."""
+    if is_image(space):
+        return np.asarray(values)
     if isinstance(space, spaces.Box):
         return np.asarray(values, np.float32).reshape(len(values), -1)
     if isinstance(space, (spaces.Dict, spaces.Tuple)):
-        parts = [flatten_part(part, column) for part, column in parts_of(space, values)]
-        return np.concatenate(parts, axis=1)
+        parts = [flatten_obs(part, column) for part, column in parts_of(space, values)]
+        parts = [part.reshape(len(part), -1) for part in parts]
+        return np.concatenate(parts, axis=1, dtype=np.float32)
     return np.stack([np.asarray(spaces.flatten(space, value), np.float32) for value in values])
 
 
@@ -965,22 +992,22 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
             fail(f"{path}: its columns differ in length: {count} rewards, {len(array)} {key}")
         if array.size == 0:
             fail(f"{path}: {key} has shape {array.shape}, so it holds no numbers")
-        if key == "next_observations" and array.shape != arrays["observations"].shape:
-            fail(f"{path}: observations have shape {arrays['observations'].shape}, {key} "
-                 f"{array.shape}")
-        kinds = {array.dtype, arrays["observations"].dtype}
-        if key == "next_observations" and len(kinds) == 2 and np.dtype(np.uint8) in kinds:
-            fail(f"{path}: observations are {arrays['observations'].dtype}, {key} {array.dtype}; "
-                 "give both as bytes, or both as floats")
         if key.endswith(("observations", "actions")):
             continue
         if array.size != count:
             fail(f"{path}: {key} must be one number per row, its shape is {array.shape}")
         check_numbers(f"{path}: {key}", array, flags=key != "rewards")
-    over = np.mean(arrays.get("terminals", 0))
+    obs = arrays["observations"]
+    next_obs = arrays.get("next_observations", obs)
+    if next_obs.shape != obs.shape:
+        fail(f"{path}: observations have shape {obs.shape}, next_observations {next_obs.shape}")
+    if (next_obs.dtype == np.uint8) != (obs.dtype == np.uint8):
+        fail(f"{path}: observations are {obs.dtype}, next_observations {next_obs.dtype}; give both "
+             "as bytes, or both as floats")
+    over = arrays["terminals"].mean()
     if 0.5 < over < 1:
-        notice(f"{over:.0%} of the rows of {path} are terminals; if they are masks, 1 - done, turn "
-               "them round")
+        notice(f"{over:.0%} of the rows of {path} are terminals; if they are masks, 1 - done, "
+               "invert them")
     used = [array.reshape(count, -1).any(axis=1) for array in arrays.values()]
     empty = count - 1 - np.flatnonzero(np.any(used, axis=0)).max(initial=-1)
     if empty > 1:
@@ -1015,6 +1042,8 @@ def known_body(path: Path) -> tuple[str | None, float, float]:
 
 def env_with_such_obs(env_name: str | None, obs: np.ndarray) -> gym.Env | None:
     """The environment of this name, where it can be made and observes as the data do."""
+    if env_name is None:
+        return None
     try:
         env = make_env(env_name)
     except Exception:  # choose_env says what is wrong
@@ -1105,11 +1134,11 @@ def file_action_space(name: str, action: np.ndarray, env: gym.Env | None) -> spa
             notice(f"{name} has no action 0; discrete actions are counted from 0")
         if action.max() >= MOST_ACTIONS:
             fail(f"{name} has the action {action.max()}; actions are numbers from 0, and more than "
-                 f"{MOST_ACTIONS:,} are hardly meant; number those that occur 0, 1, 2 …")
+                 f"{MOST_ACTIONS:,} are not supported; number those that occur 0, 1, 2 …")
         return spaces.Discrete(max(1, int(action.max()) + 1))
-    if action.dtype.kind in "biu":
-        notice(f"{name} has whole numbers in {numbers} columns as actions, taken as continuous; "
-               "if they stand for choices, number the combinations 0, 1, 2 …, in one column")
+    if (action == np.round(action)).all():
+        notice(f"{name} has {numbers} whole numbers of {action.dtype} as an action, taken as "
+               "continuous; if they are choices, give one integer per row: 0, 1, 2 …")
     return spaces.Box(-np.inf, np.inf, (numbers,), np.float32)
 
 
@@ -1137,29 +1166,28 @@ def check_source(name: str, source: Source, discrete: bool | None, images: bool)
         notice(f"every timeout of {name} is a terminal too; a clock that runs out ends a recording "
                "and no task, so if these terminals mark the clock, set them to 0")
     if is_image(source.obs_space) and not images:
-        fail(f"{name} has images of shape {source.obs_space.shape} as observations; dqn.py and "
-             "rem.py take images")
-    check_action_space(name, source.action_space)
-    found = isinstance(source.action_space, spaces.Discrete)
-    if discrete is False and found:
+        fail(f"{name} has images of shape {source.obs_space.shape} as observations; "
+             "cql_discrete.py, dqn.py and rem.py take images")
+    is_discrete = isinstance(source.action_space, spaces.Discrete)
+    if discrete is False and is_discrete:
         fail(f"{name} has discrete actions, this algorithm needs continuous ones; for discrete "
              "ones there are bc.py, cql_discrete.py, dqn.py and rem.py")
-    if discrete is True and not found:
+    if discrete is True and not is_discrete:
         fail(f"{name} has continuous actions, this algorithm needs discrete ones (an integer per "
              "transition); for continuous ones there is td3_bc.py")
 
 
 def known_next(data: Dataset, falls: Tensor) -> Tensor:
-    """Whether a row's next_obs is what followed, (N,), for files that fit a model.
+    """True where next_obs is what followed, (N,): a model is fitted to these rows alone.
 
     `falls` says where the environment ends an episode, (N,).
     """
-    lives = ~data.terminated.bool()
-    if (falls & lives).float().mean() > 0.01:
+    goes_on = ~data.terminated.bool()
+    if (falls & goes_on).float().mean() > 0.01:
         fail(f"{data.name} goes on where {data.recorded_env} ends an episode; was it recorded with "
              "other arguments, as terminate_when_unhealthy=False?")
     # in some D4RL files another episode's start follows a termination: that is no fall
-    return lives | falls
+    return goes_on | falls
 
 
 def read_fitted(path: Path, model: torch.nn.Module) -> bool:
@@ -1175,6 +1203,7 @@ def read_fitted(path: Path, model: torch.nn.Module) -> bool:
 
 
 def check_action_space(name: str, space: spaces.Space) -> None:
+    """Ends the run where actions are neither continuous nor single choices."""
     if not isinstance(space, (spaces.Box, spaces.Discrete)):
         fail(f"{name} has {type(space).__name__} actions; only Box and Discrete ones can be used. "
              "A MultiDiscrete or MultiBinary action can be recorded as one Discrete number, one "
@@ -1195,8 +1224,8 @@ def scale_actions(name: str, action: np.ndarray,
             fail(f"{name}: actions must be {first} to {last}, "
                  f"found {action.min()} to {action.max()}")
         return action - first, space
-    low = space.low.ravel()
-    high = space.high.ravel()
+    low = space.low.ravel().astype(np.float64)  # high - low of int64 bounds may overflow
+    high = space.high.ravel().astype(np.float64)
     if action.shape[1:] != low.shape:
         fail(f"{name} has actions of shape {action.shape[1:]}, its action space {low.shape}")
     action = action.astype(np.float32)
@@ -1211,7 +1240,7 @@ def scale_actions(name: str, action: np.ndarray,
                f"largest actions are taken, from {low.min():.4g} to {high.max():.4g}")
         still = np.flatnonzero(unbounded & (low == high)).tolist()
         if still:
-            notice(f"{name} never changes its actions {still}; a policy may, by up to 1")
+            notice(f"{name} never changes its actions {still}; a policy may change them by up to 1")
     mid, half = action_units(low, high)
     scaled = (action - mid) / half
     outside = int((np.abs(scaled) > 1.001).any(axis=1).sum())
@@ -1267,11 +1296,11 @@ def choose_env(name: str, source: Source,
             fail(message)
         notice(f"{message}; nothing is evaluated")
         return None, score_range
-    found = source.columns["obs"].shape[1:]
-    if wanted == found and can_play(env.action_space, source.action_space):
+    shape = source.columns["obs"].shape[1:]
+    if wanted == shape and can_play(env.action_space, source.action_space):
         check_bounds(name, source.action_space, env)
         return limit_time(env_spec, source.columns), score_range
-    message = (f"{name} has observations of shape {found} and actions {source.action_space}, "
+    message = (f"{name} has observations of shape {shape} and actions {source.action_space}, "
                f"{env_id(env_spec)} has {wanted} and {env.action_space}")
     if eval_env == "auto" and recorded in [entry[0] for entry in OTHER_BODIES.values()]:
         notice(f"{message}; nothing is evaluated")
@@ -1280,6 +1309,7 @@ def choose_env(name: str, source: Source,
 
 
 def encoded_shape(space: spaces.Space) -> tuple[int, ...]:
+    """The shape of what encode_obs gives."""
     return space.shape if is_image(space) else (spaces.flatdim(space),)
 
 
@@ -1292,11 +1322,14 @@ def can_play(space: spaces.Space, recorded: spaces.Space) -> bool:
 
 def check_bounds(name: str, recorded: spaces.Space, env: gym.Env) -> None:
     """Says so where the environment takes other actions than the data have."""
-    bounds = [(box.low.ravel(), box.high.ravel()) for box in (recorded, env.action_space)
-              if isinstance(box, spaces.Box)]
-    if bounds and not np.allclose(*bounds):
-        notice(f"{name} has actions {recorded}, {env.spec.id} takes {env.action_space}; they are "
-               "played as they are, and clipped")
+    own = env.action_space
+    if not isinstance(own, spaces.Box):
+        return
+    same_low = np.allclose(recorded.low.ravel(), own.low.ravel())
+    same_high = np.allclose(recorded.high.ravel(), own.high.ravel())
+    if not (same_low and same_high):
+        notice(f"{name} has actions {recorded}, {env.spec.id} takes {own}; they are played as they "
+               "are, and clipped")
 
 
 def limit_time(env_spec: str, columns: dict[str, np.ndarray]) -> str:
@@ -1327,9 +1360,9 @@ def clean_spec(env: str) -> str:
             notice(f"the wrapper {wrapper['name']} of the recording can't be rebuilt; left out")
             continue
         if wrapper["name"].startswith("Normalize"):
-            notice(f"{wrapper['name']} counts anew in evaluation, so its numbers there are not on "
-                   "the scale of the recording")
-        if wrapper["name"] not in DESKTOP_WRAPPERS:
+            notice(f"{wrapper['name']} starts its statistics again in evaluation, so its numbers "
+                   "there are not on the scale of the recording")
+        if wrapper["name"] not in RENDER_WRAPPERS:
             wrappers.append(wrapper)
     spec["additional_wrappers"] = wrappers
     return json.dumps(spec)
@@ -1503,7 +1536,8 @@ def use_threads(threads: int, gflop: float) -> None:
 def record_on_cuda(update: Callable, device: torch.device) -> Callable:
     """On CUDA, `update` is recorded as a CUDA graph and replayed, one per value of its arguments.
 
-    `update` may therefore wait for no tensor's value. Where recording fails it runs eagerly.
+    The first three calls run eagerly, and all do where recording fails. `update` takes keywords,
+    may wait for no tensor's value, and its metrics are overwritten by the next replay.
     """
     if device.type != "cuda":
         return update

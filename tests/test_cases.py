@@ -14,6 +14,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -317,7 +318,8 @@ def test_a_log_without_an_environment(capsys):
 def test_a_share_of_the_episodes_is_held_out(capsys):
     """Row 3: both sides are whole episodes, share no row, and are the same at every start."""
     path = save("log.npz", columns(100))
-    rest, kept = load(path, holdout=0.3), load(path, holdout=0.3, held_out=True)
+    rest, kept = load(path, holdout=0.3), load(path)
+    common.split_episodes(kept, 0.3, held_out=True)
     assert (len(rest.returns()), len(kept.returns())) == (7, 3)
     rows = {tuple(row) for row in rest.obs.tolist()}, {tuple(row) for row in kept.obs.tolist()}
     assert not rows[0] & rows[1] and len(rows[0] | rows[1]) == 100
@@ -351,7 +353,8 @@ def test_what_a_file_does_not_say_gets_a_note(capsys):
     assert "the last 40 rows of log.npz are zero in every column" in noted(**unused)
     assert "98% of the rows of log.npz are terminals" in noted(terminals=np.arange(40) < 39)
     choices = np.eye(2, dtype=np.int64)[np.arange(40) % 2]
-    assert "whole numbers in 2 columns as actions" in noted(actions=choices)
+    assert "2 whole numbers of int64 as an action" in noted(actions=choices)
+    assert "1 whole numbers of float32 as an action" in noted(actions=np.float32(choices[:, 0]))
     still = np.stack([columns()["actions"][:, 0], np.full(40, 0.5, np.float32)], axis=1)
     assert "never changes its actions [1]" in noted(actions=still)
 
@@ -884,7 +887,7 @@ def test_a_minari_id_needs_no_namespace(register):
 
 def test_a_remote_set_that_cannot_be_had(capsys, monkeypatch):
     """Row 55."""
-    def download(name):
+    def download(name, force_download):
         raise ConnectionError("Name or service\nnot known")
 
     monkeypatch.setattr(minari, "download_dataset", download)
@@ -893,6 +896,36 @@ def test_a_remote_set_that_cannot_be_had(capsys, monkeypatch):
         "could not be downloaded (ConnectionError: Name or service not known)" in line
         and "hopper-expert" in line
     )
+    assert "can't read" in refused(capsys, lambda: load(300 * "a" + "-v0"))  # too long for a disk
+
+
+def test_a_download_that_was_interrupted(register, capsys, monkeypatch, tmp_path):
+    """Ctrl-C is one line, and the next start fetches all of it: Minari takes a folder as whole."""
+    record("mine/whole-v0", register("Mine-v1"))
+    folder = tmp_path / "minari" / "mine" / "part-v0"
+    calls = []
+
+    def download(name, force_download):
+        calls.append(force_download)
+        if len(calls) == 1:
+            (folder / "data").mkdir(parents=True)
+            raise KeyboardInterrupt
+        shutil.copytree(folder.parent / "whole-v0", folder, dirs_exist_ok=True)
+
+    monkeypatch.setattr(minari, "download_dataset", download)
+    assert "stopped while mine/part-v0 was loaded" in refused(capsys, lambda: load("mine/part-v0"))
+    assert load("mine/part-v0").size == 18
+    assert load("mine/part-v0").size == 18
+    assert calls == [False, True]
+
+
+def test_actions_of_whole_numbers_keep_their_bounds():
+    """Played, a number beyond them does not wrap around; infinite ones are seen as infinite."""
+    space = spaces.Box(0, 255, (3,), np.uint8)
+    assert common.decode_action(space, np.float32([-1, 127.6, 300])).tolist() == [0, 128, 255]
+    space = spaces.Box(-np.inf, np.inf, (1,), np.int64)
+    action, space = common.scale_actions("log", np.array([[-3], [0], [3]]), space)
+    assert action.tolist() == [[-1], [0], [1]] and space.high.tolist() == [3]
 
 
 @pytest.mark.parametrize("lengths", [(1, 1, 1, 1), (1,)])
@@ -924,7 +957,7 @@ def test_huge_numbers(capsys):
     )
     assert np.isfinite(result["curve"][0]["metrics"]["critic_loss"])
     save("large.npz", columns() | {"rewards": np.full(40, 1e30)})
-    assert "critic_loss is inf by step 2; nothing was saved yet" in refused(
+    assert "critic_loss is inf by step 2; --resume would end the same way" in refused(
         capsys, lambda: train("td3_bc", "large.npz", eval_env="none"))
 
 
@@ -1376,7 +1409,7 @@ def test_resuming_after_the_end(log, capsys):
     assert train("bc", log, steps=4, resume=True)["steps"] == 4
     result = train("bc", log, steps=6, eval_every=3, eval_episodes=3, resume=True)
     assert [point["step"] for point in result["curve"]] == [2, 4, 6]
-    assert "is of step 6, more than --steps 5" in refused(
+    assert "was saved at step 6, more than --steps 5" in refused(
         capsys, lambda: train("bc", log, steps=5, resume=True)
     )
     line = refused(capsys, lambda: train("bc", log, steps=8, actor_lr=1e-5, resume=True))
@@ -1387,7 +1420,7 @@ def test_resuming_after_the_end(log, capsys):
     # the data count, not where they lie
     assert train("bc", "disk/log.npz", steps=7, resume=True)["steps"] == 7
     save("log.npz", columns(50))
-    assert "is of other data" in refused(capsys, lambda: train("bc", log, steps=8, resume=True))
+    assert "the data are not those of" in refused(capsys, lambda: train("bc", log, steps=8, resume=True))
 
 
 def test_a_checkpoint_that_is_damaged_or_of_another_run(log, capsys):
@@ -1406,7 +1439,7 @@ def test_a_checkpoint_that_is_damaged_or_of_another_run(log, capsys):
     assert "algorithm was td3_bc" in refused(capsys, lambda: train("bc", log, resume=True))
     saved = torch.load(run_of("td3_bc") / "checkpoint.pt", weights_only=True)
     torch.save(saved | {"learned": {}}, run_of("td3_bc") / "checkpoint.pt")
-    assert "not of this program" in refused(capsys, lambda: train("td3_bc", log, resume=True))
+    assert "another program" in refused(capsys, lambda: train("td3_bc", log, resume=True))
 
 
 def test_a_cluster_sends_sigterm(log, capsys, monkeypatch):

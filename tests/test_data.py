@@ -314,7 +314,7 @@ def test_every_bad_dataset_gets_one_line(root, capsys, monkeypatch):
     monkeypatch.setattr(
         minari,
         "download_dataset",
-        lambda name: (_ for _ in ()).throw(ConnectionError("no network")),
+        lambda name, **_: (_ for _ in ()).throw(ConnectionError("no network")),
     )
     assert "no network" in load("mujoco/hopper/expert-v0")
     monkeypatch.setattr(common, "COLLECT", root / "gone.py")

@@ -4,6 +4,7 @@ Most run in this process. Processes are started where a process is the point: on
 one that gets Ctrl-C, one in a folder of its own. """
 import importlib
 import json
+import math
 import shutil
 import signal
 import subprocess
@@ -334,6 +335,7 @@ def test_every_bad_setting_gets_one_line(small_data, tmp_path, capsys):
     assert "near are hopper-medium" in error("td3_bc", env="hoper-medium")
     assert "--steps must be at least 1" in error("bc", steps=0)
     assert "there is no" in error("bc", steps=10, resume=True)
+    assert "--actor-lr must be at least 0, not inf" in error("bc", actor_lr=math.inf)
     assert "--policy-delay must be at least 1" in error("rebrac", policy_delay=0)
     assert "--num-samples must be at least 1" in error("crr", num_samples=0)
     assert "--top-fraction" in error("bc", top_fraction=0.0)
@@ -374,7 +376,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     assert (
         stop.value.code == 2
         and "cloning_error is" in last
-        and "by step 100; nothing was saved yet" in last
+        and "by step 100; --resume would end the same way" in last
     )
     assert not (run_of("bc", tmp_path) / "checkpoint.pt").exists()
 
@@ -446,8 +448,15 @@ def test_ctrl_c_while_the_data_are_read(tmp_path, capsys, monkeypatch):
         common.load_dataset("x.npz")
     assert (
         capsys.readouterr().err.strip()
-        == "error: stopped while x.npz was read; nothing was written"
+        == "error: stopped while x.npz was loaded; no run was started"
     )
+
+
+def test_ctrl_c_before_a_run_begins():
+    """As while torch is loaded: one line, and the exit code of a program that Ctrl-C ended."""
+    program = "import common\nraise KeyboardInterrupt"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.stderr == "error: stopped\n" and done.returncode in (130, -signal.SIGINT)
 
 
 def test_a_copied_file_runs_with_nothing_but_common_beside_it(small_data, tmp_path):
