@@ -1,13 +1,13 @@
 """Lesson 11: REM removes most of Ensemble-DQN's optimism, and so does a plain mean of the heads.
 
 Notes: Uncertainty-Based › Bootstrap ensembles, Ensemble-DQN; REM.
-Claim: it shows in part. Mixing the heads before the maximum removes most of what they promise for
-untried actions. A fixed mean does this as well as REM's random weights. What the random weights add
-is that the heads grow together.
+Claim: it holds only in part. Mixing the heads before the maximum removes most of what they promise
+for untried actions. A fixed mean does this as well as REM's random weights. What the random weights
+add is that the heads grow together.
 先混合多头再取最大值，可以消去大部分乐观估计；固定取均值也能做到，随机权重的作用是把各头拉到一起。
 See: left, red promises twice what orange does, and the dashed mean no more than orange. Middle, the
-mean leaves the heads as different as they were born. Right, a hundred heads in place of ten help
-REM, not the ensemble. (A corridor where all is worth 0. The data know two of eight actions.)
+mean leaves the heads as different as they were at the start. Right, a hundred heads in place of ten
+help REM, not the ensemble. (A corridor where all is worth 0. The data know two of eight actions.)
 Imprecise in the notes: 直接取多头Q的均值，不够准确, that the mean is not accurate enough, does not
 show. What REM gains over Ensemble-DQN is Jensen's inequality: the maximum of a mean is at most the
 mean of the maxima. Noise in the data remains, as all heads share it. REM is of ICML 2020.
@@ -30,7 +30,7 @@ import torch
 
 torch.set_num_threads(1)
 CELLS, ACTIONS, ROWS = 6, 8, 200
-COLOURS = {"Ensemble-DQN": style.ESTIMATE, "REM": style.SECOND, "mean": style.POLICY}
+COLOURS = {"Ensemble-DQN": style.ESTIMATE, "REM": style.SECOND, "mean": style.SECOND}
 
 
 def head_weights(method, num_heads):
@@ -96,10 +96,11 @@ def draw(numbers: dict, path: Path) -> None:
     left.text(410, 0.275, "Ensemble-DQN", color=style.ESTIMATE, ha="right")
     left.text(410, 0.115, "REM and the mean (dashed)", color=style.SECOND, ha="right")
     left.text(410, 0.008, "truth", ha="right")
-    middle.text(400, 0.14, "the mean", color=style.POLICY, ha="right")
+    middle.text(400, 0.177, "the mean (dashed)", color=style.SECOND, ha="right")
     left.set(title="All is worth 0", xlabel="updates", ylabel="mean Q", ylim=(None, 0.3))
-    middle.set(title="Spread of the heads", xlabel="updates", ylim=(0, None))
-    right.set(title="More heads", xlabel="number of heads")
+    middle.set(title="Spread of the heads", xlabel="updates", ylabel="standard deviation",
+               ylim=(0, 0.19))
+    right.set(title="More heads", xlabel="number of heads", ylabel="mean Q")
     figure.savefig(path)
 
 

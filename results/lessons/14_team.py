@@ -9,7 +9,7 @@ See: left, the game. Grey dots are the data; the blue cross, what the two choose
 orange disc, what they choose with weights, pays 6. Middle, why: each agent's Q of its own actions.
 Right, luck in the place of a partner: with weights a gamble that is worth less looks better.
 Imprecise in the notes: they only name the topic. A weighted Q is no value: it ranks actions, and
-here it promises more than 4 for each of them. How the factors enter the loss is our reading of the
+here it promises more than 4 for every action. How the factors enter the loss is our reading of the
 paper. tests/test_mabcq.py plays the game with continuous actions and networks.
 Read next: algorithms/mabcq.py, and algorithms/bcq.py before it.
 """
@@ -41,14 +41,16 @@ def learn(own, other, value, method):
     alike = own.unsqueeze(1) == own  # (B, B): plays with the same action of its own
     mean_value = (alike * value).sum(dim=1) / alike.sum(dim=1)
     chance = (alike & (other.unsqueeze(1) == other)).sum(dim=1) / alike.sum(dim=1)
-    error = (-2 * chance.log()).sqrt().unsqueeze(1)  # a Gaussian's, for outcomes of this chance
+    error = (-2 * chance.log()).sqrt().unsqueeze(1)  # of exp(−error²/2) = chance
     weight = torch.ones_like(value)
     if method == "weighted":
         weight = mabcq.transition_weights(value, mean_value, error, other_dims=1, weight_clip=10.0)
     batch = Batch(None, own, None, None, None)
     loss = lambda q: mabcq.critic_loss(lambda _, a: q[a].unsqueeze(0), batch, value, weight)[0]
-    slope, zero = torch.func.grad(loss), torch.zeros(2)
-    return -torch.linalg.solve(torch.func.jacrev(slope)(zero), slope(zero))  # where slope is 0
+    # the loss is quadratic, so its slope is linear in q: one solve finds where it is 0
+    slope = torch.func.grad(loss)
+    zero = torch.zeros(2)
+    return -torch.linalg.solve(torch.func.jacrev(slope)(zero), slope(zero))
 
 
 def experiment(short: bool = False, seed: int = 0) -> dict:
@@ -95,9 +97,9 @@ def draw(numbers: dict, path: Path) -> None:
     left.set(title="The game, and what they choose", xlabel="agent 1", ylabel="agent 2",
              xticks=[0, 1], xticklabels="AB", xlim=(-0.5, 1.5),
              yticks=[0, 1], yticklabels="AB", ylim=(-0.5, 1.5))
-    middle.set(title="Q of their own actions", xlabel="agent 1        agent 2")
-    middle.set_xticks(range(4), "ABAB")
-    right.set(title="Luck, no partner")
+    middle.set(title="Q of their own actions", xlabel="agent and action", ylabel="Q")
+    middle.set_xticks(range(4), ("1: A", "1: B", "2: A", "2: B"))
+    right.set(title="Luck, no partner", ylabel="Q")
     right.set_xticks([0, 1], ["sure 2", "gamble,\nworth 1.8"])
     figure.savefig(path)
 

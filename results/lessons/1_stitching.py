@@ -33,7 +33,9 @@ BOXES = {1: 1.0, 5: 2.0}  # the reward for being above 0.6 after the second and 
 @torch.no_grad()
 def play(act, num=1):
     """E episodes of act(step k, obs (E, 9, 2), action (E, 8), reward (E, 8)); zeros from k on."""
-    obs, action, reward = torch.zeros(num, 9, 2), torch.zeros(num, 8), torch.zeros(num, 8)
+    obs = torch.zeros(num, 9, 2)
+    action = torch.zeros(num, 8)
+    reward = torch.zeros(num, 8)
     obs[:, :, 0] = torch.arange(9) / 4 - 1  # an observation is the step, scaled, and the height
     for k in range(8):
         action[:, k] = act(k, obs, action, reward).clamp(-1, 1)
@@ -51,6 +53,7 @@ def experiment(short: bool = False, seed: int = 0) -> dict:
     def window(obs, action, to_go):  # what a transformer reads: return still to come, obs, action
         step = torch.arange(8).expand(len(obs), -1)
         return dt.Window(obs[:, :-1], action[..., None], to_go, step, step >= 0)
+    # the transformer reads eight episodes; with all 100 it earns the same
     sentences = window(obs[:8], action[:8], reward[:8].flip(1).cumsum(1).flip(1))
     with patch.object(iql, "HIDDEN", (64, 64)), patch.multiple(dt, WIDTH=32, LAYERS=2):  # small
         clone, transformer = bc.Actor(2, 1), dt.Actor(2, 1)
@@ -59,7 +62,8 @@ def experiment(short: bool = False, seed: int = 0) -> dict:
     networks = torch.nn.ModuleList([clone, transformer, actor, critic, value])
     optimizer = torch.optim.Adam(networks.parameters(), lr=2e-3)  # each loss has its own networks
     for _ in range(400 if short else 600):
-        i, k = torch.randint(100, (64,)), torch.randint(8, (64,))
+        i = torch.randint(100, (64,))  # episodes
+        k = torch.randint(8, (64,))  # steps
         batch = Batch(obs[i, k], action[i, k, None], reward[i, k], obs[i, k + 1], (k == 7).float())
         q = iql.min_q(critic_target, batch)
         weight = iql.weights(iql.advantage(value, batch, q), beta=5.0, max_weight=100.0)
@@ -81,7 +85,7 @@ def experiment(short: bool = False, seed: int = 0) -> dict:
 
 def check(numbers) -> None:
     returns = numbers["returns"]
-    assert returns["IQL"] == 3.0 > numbers["best"] == 2.0 and numbers["value"] > 2.3
+    assert returns["IQL"] == 3.0 > numbers["best"] == 2.0 and abs(numbers["value"] - 3) < 0.5
     assert returns["DT asked for 2"] == 2.0 >= returns["DT asked for 3 (dots)"]
     assert returns["clone"] < 1.5
 

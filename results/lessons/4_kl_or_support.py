@@ -1,4 +1,4 @@
-"""Lesson 4: KL or support. The notes' claim shows in part only.
+"""Lesson 4: KL or support. The notes' claim holds only in part.
 
 Notes: Policy Constraints (软约束), "左KL(BRAC), 右MMD(BEAR); MMD是subset即可".
 Claim: with four samples and a wide kernel, as in BEAR, MMD prefers a narrow policy at the data's
@@ -6,9 +6,10 @@ mean. If the data have one mode, that is a subset of them; if they have two, it 
 四个样本、宽核的 MMD 偏爱落在数据均值处的窄策略：单峰时在支撑内，双峰时正落在没有数据的空隙里。
 See: the data in grey, and the Gaussian policy that is nearest to them by each of four distances.
 With two modes the policy of MMD of 4 stands where there are no data.
-Imprecise in the notes: "subset is enough" holds for few samples only, since the kernel's pairs
-i = j reward narrowness; MMD of 100 samples wants mean and spread. KL(π‖data), BRAC's direction,
-covers one mode only, a subset; the wide curve that the notes draw for KL is KL(data‖π).
+Imprecise in the notes: "subset is enough" holds for few samples only, since each sample is also
+compared with itself, which rewards narrowness; MMD of 100 samples wants mean and spread.
+KL(π‖data), BRAC's direction, covers one mode only, a subset; the wide curve that the notes draw for
+KL is KL(data‖π).
 Read next: algorithms/bear.py, then algorithms/brac.py.
 """
 import sys

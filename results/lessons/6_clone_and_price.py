@@ -7,7 +7,8 @@ the constraint only costs.
 See: left, a Gaussian clone of two modes lies between them, where nothing is earned, and BRAC with
 it; a VAE finds both. Right, the penalty saves the policy from a cliff, or costs most of the reward.
 Imprecise in the notes: where "all actions have reward 0" every policy earns 0, so nothing is lost;
-a cost needs something better in the data. And a wrong model need not mean few data (left).
+a constraint costs something only where the data hold better actions. And a wrong model need not
+mean few data (left).
 Read next: algorithms/brac.py; beside it algorithms/bcq.py, whose VAE is used here.
 """
 import copy
@@ -77,8 +78,11 @@ def experiment(short: bool = False, seed: int = 0) -> dict:
 
 
 def check(numbers) -> None:
-    data, vae, clone, tiny, small, middle, large = numbers["earned"].values()
-    assert max(tiny[0], small[0], middle[0], large[0]) < 0.5 * data[0] and vae[0] > 1.6 * clone[0]
+    earned = numbers["earned"]  # by state: two modes, narrow data, data of all actions
+    data = earned["data"]
+    tiny, _, middle, large = (earned[name] for name in BRAC)
+    assert all(earned[name][0] < 0.5 * data[0] for name in BRAC), "between the modes"
+    assert earned["VAE"][0] > 1.6 * earned["Gaussian clone"][0]
     assert tiny[1] < -0.2 and middle[1] > -0.1, "the cliff, and the policy kept from it"
     assert tiny[2] > 0.9 and middle[2] < 0.2 and abs(large[2] - data[2]) < 0.2, "the cost"
 
@@ -92,11 +96,13 @@ def draw(numbers, path) -> None:
         left.hist(actions[name], 40, density=True, range=(-1, 1), color=color, histtype=kind, lw=2)
         left.text(0.5, 0.92 - 0.08 * row, f"{name}: {earned[name][0]:.2f}", color=color,
                   transform=left.transAxes, weight="bold", ha="center")
-    left.set(xlabel="action", yticks=[], title="Two modes: who acts where, earns what")
+    left.set(xlabel="action", xticks=(-1, -0.5, 0, 0.5, 1), yticks=[], ylabel="how often",
+             title="Two modes: who acts where, earns what")
     right.plot(WEIGHTS, [earned[name][1:] for name in BRAC], "o-", color=style.POLICY)
     right.text(10, 0.92, "data of all actions", color=style.POLICY, ha="right")
     right.text(0.012, -0.75, "narrow data,\na cliff beyond", color=style.POLICY)
-    right.set(xscale="log", xlabel="weight of BRAC's penalty", title="Reward per step")
+    right.set(xscale="log", xlabel="weight of BRAC's penalty", ylabel="reward per step",
+              title="What a penalty costs")
     right.set_xticks(WEIGHTS, WEIGHTS)
     plt.savefig(path)
 

@@ -1,14 +1,14 @@
-"""Lesson 8: models disagree where there are no data. The claim shows in part only.
+"""Lesson 8: models disagree where there are no data. The claim holds only in part.
 
 Notes: Model-Based Offline RL › ENSEMBLE, MOReL, MOPO.
 Claim: models that agree on the data part outside them, which says where a model may be wrong, but
 not how wrong; MOPO's penalty first of all measures the noise of the world.
 模型在数据外会分歧，能告诉你哪里不可信，却不等于错了多少；MOPO 的惩罚首先度量噪声。
 See: left, beyond the data four models leave the truth and each other. Middle, they disagree little
-along the data, and MOReL's threshold (blue) lies around them. Right, MOPO's penalty is large along
-the noisy half of the data, though that half is known as well as the other.
-Imprecise in the notes: "models err differently on unseen points" is half true. By seed, up to 31%
-of the far pairs count as known. MOPO's u is the noise that a model admits, seen or unseen.
+along the data, and MOReL's threshold (blue) lies around them. Right, MOPO's penalty, darker
+where it is larger, marks the noisy half of the data, though that half is known as well.
+Imprecise in the notes: "models err differently on unseen points" is half true: by seed (0 to 11),
+up to 32% of the far pairs count as known. MOPO's u is the noise that a model admits, also unseen.
 Read next: algorithms/morel.py, algorithms/mopo.py.
 """
 import sys
@@ -78,7 +78,7 @@ def experiment(short: bool = False, seed: int = 0) -> dict:
 
 def check(numbers) -> None:
     (on, off), (quiet, noisy) = numbers["unknown"], numbers["penalty_by_half"]
-    assert numbers["alarm"] > 0.94 and on < 0.1 and off > 0.5
+    assert numbers["alarm"] > 0.9 and on < 0.1 and off > 0.5
     assert noisy > 2 * quiet and numbers["penalty_alarm"] < numbers["alarm"] - 0.1
 
 
@@ -89,9 +89,10 @@ def draw(numbers, path) -> None:
     left.plot(LINE[:, 0], change(LINE), color=style.TRUTH, linewidth=3)
     left.plot(LINE[:, 0], torch.tensor(numbers["lines"]).T, color=style.ESTIMATE, linewidth=1.5)
     left.set(xlabel="state", ylabel="next state minus state", title="Four models, and the truth")
+    levels = torch.linspace(0, 0.3, 13).tolist()  # the same in both maps; darker is larger
     for axis, name in ((middle, "disc"), (right, "penalty")):
         field = torch.tensor(numbers[name]).view(61, 41).T
-        axis.contourf(STATES, ACTIONS, field, 12, cmap="Reds")
+        axis.contourf(STATES, ACTIONS, field, levels, cmap="Reds", extend="max")
         axis.plot(states, actions, ".", color="#444444", markersize=2)
         if name == "disc":
             axis.contour(STATES, ACTIONS, field, [numbers["threshold"]], colors=style.POLICY)
@@ -99,7 +100,7 @@ def draw(numbers, path) -> None:
     middle.set(ylabel="action", title="MOReL's alarm")
     right.set(title="MOPO's penalty", yticklabels=[])
     right.text(-1.4, -0.9, "quiet")
-    right.text(1.4, -0.9, "noisy", ha="right")
+    right.text(1.4, 0.84, "noisy", ha="right", color="white")
     plt.savefig(path)
 
 
