@@ -1420,7 +1420,9 @@ def test_resuming_after_the_end(log, capsys):
     # the data count, not where they lie
     assert train("bc", "disk/log.npz", steps=7, resume=True)["steps"] == 7
     save("log.npz", columns(50))
-    assert "the data are not those of" in refused(capsys, lambda: train("bc", log, steps=8, resume=True))
+    assert "the data are not those of" in refused(
+        capsys, lambda: train("bc", log, steps=8, resume=True)
+    )
 
 
 def test_a_checkpoint_that_is_damaged_or_of_another_run(log, capsys):
