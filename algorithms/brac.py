@@ -217,7 +217,7 @@ def td_target(actor: Actor, behavior: Actor, critic_target: Critic, batch: Batch
     next_policy = actor(batch.next_obs)
     next_action, _ = sample_action(*next_policy)
     next_value = critic_target(batch.next_obs, next_action).min(dim=0).values
-    # (E5) this branch is all by which BRAC-v differs from BRAC-p
+    # (E5) the only difference between BRAC-v and BRAC-p
     if args.value_penalty:
         distance = divergence(next_policy, behavior(batch.next_obs), args.num_samples)
         next_value = next_value - args.divergence_weight * distance

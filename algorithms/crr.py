@@ -202,17 +202,24 @@ def td_target(policy: Actor, critic_target: Critic, batch: Batch, gamma: float) 
     return batch.reward + gamma * (1 - batch.terminated) * next_q
 
 
+def value_actions(critic: Critic, obs: Tensor, actions: Tensor) -> Tensor:
+    """Q of N actions for each observation: (B, S), (B, N, A) -> (K, B, N)."""
+    batch_size, num, action_dim = actions.shape
+    # repeat_interleave, not repeat: row b·N + n of both inputs must belong to observation b
+    obs = obs.repeat_interleave(num, dim=0)
+    return critic(obs, actions.reshape(-1, action_dim)).view(-1, batch_size, num)
+
+
 @torch.no_grad()
 def advantage(actor: Actor, critic: Critic, batch: Batch, num_samples: int) -> Tensor:
     """(E3): how much better the data's action is than the policy's are on average, (B,)."""
     mean, log_std = actor(batch.obs)  # (B, A)
     mean = mean.unsqueeze(1).expand(-1, num_samples, -1)  # (B, N, A)
     log_std = log_std.unsqueeze(1).expand(-1, num_samples, -1)
-    samples = sample_clipped(mean, log_std).flatten(0, 1)  # (B·N, A)
-    obs = batch.obs.repeat_interleave(num_samples, dim=0)  # (B·N, S)
+    samples = sample_clipped(mean, log_std)
     # (E3) from online critics and online policy; each action has its own minimum
     q_data = critic(batch.obs, batch.action).min(dim=0).values  # (B,)
-    q_policy = critic(obs, samples).min(dim=0).values.view(-1, num_samples)  # (B, N)
+    q_policy = value_actions(critic, batch.obs, samples).min(dim=0).values  # (B, N)
     return q_data - q_policy.mean(dim=1)
 
 

@@ -360,6 +360,12 @@ class Player:
         self.still_asked[i] -= reward
 
 
+def actor_rate(args: Args, step: int) -> float:
+    """(E8): the learning rate in update `step`, counted from 1."""
+    # (E8) it grows linearly, then stays
+    return args.actor_lr * min(step / args.warmup_steps, 1)
+
+
 def train(args: Args) -> None:
     check_range(args, "batch_size warmup_steps", 1)
     check_range(args, "actor_lr weight_decay clip_norm", 0)
@@ -380,16 +386,17 @@ def train(args: Args) -> None:
     actor.action_mid, actor.action_half = data.action_mid, data.action_half
     actor.target_return.fill_(target)
     actor.return_scale.fill_(args.return_scale)
-    rate = torch.tensor(args.actor_lr, device=data.device)  # a tensor, as it changes
-    optimizer = torch.optim.AdamW(actor.parameters(), lr=rate, weight_decay=args.weight_decay,
-                                  fused=True, capturable=data.device.type == "cuda")
+    # a tensor: a CUDA graph would freeze a number
+    changing_lr = torch.tensor(args.actor_lr, device=data.device)
+    optimizer = torch.optim.AdamW(actor.parameters(), lr=changing_lr,
+                                  weight_decay=args.weight_decay, fused=True,
+                                  capturable=data.device.type == "cuda")
     learned = {"actor": actor, "optimizer": optimizer}
     start = run.begin(learned, actor)
     places = find_places(data, args.return_scale)
     one_update = record_on_cuda(partial(update, args, data, places, **learned), data.device)
     for step in range(start + 1, args.steps + 1):
-        # (E8)
-        optimizer.param_groups[0]["lr"].fill_(args.actor_lr * min(step / args.warmup_steps, 1))
+        optimizer.param_groups[0]["lr"].fill_(actor_rate(args, step))
         run.step(step, one_update())
     run.finish()
 

@@ -298,7 +298,8 @@ def train(args: Args) -> None:
     critic = Critic(data.obs_dim, data.action_dim).to(data.device)
     value = Value(data.obs_dim).to(data.device)
     adam = partial(torch.optim.Adam, fused=True, capturable=data.device.type == "cuda")
-    changing_lr = torch.tensor(args.actor_lr, device=data.device)  # a tensor, for CUDA graphs
+    # a tensor: a CUDA graph would freeze a number
+    changing_lr = torch.tensor(args.actor_lr, device=data.device)
     learned = {
         "actor": actor,
         "critic": critic,

@@ -50,6 +50,7 @@ FAMILIES = {
     "Dynamics": [{"combo", "mopo"}],
     "dynamics_loss": [{"combo", "mopo"}],
     "fit": [{"combo", "mopo"}],
+    "actor_rate": [],
     "imagine": [],
     "soft_max_q": [],
     "advantage": [],
