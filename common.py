@@ -32,6 +32,7 @@ from collections.abc import Callable
 from contextlib import redirect_stderr, suppress
 from dataclasses import asdict
 from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import MethodType
 from typing import NamedTuple, NoReturn
@@ -267,6 +268,7 @@ def load_dataset(name: str, device: str = "auto", discrete: bool | None = False,
     target = "cuda" if has_cuda and device != "cpu" else "cpu"
     source = read_source(name, eval_env)
     check_source(name, source, discrete, images)
+    check_scale(name, source.columns["obs"])
     columns = source.columns
     columns["action"], action_space = scale_actions(name, columns["action"], source.action_space)
     columns["terminated"] = columns["terminated"].astype(np.float32)
@@ -288,8 +290,11 @@ MAX_ENVS = 20  # environments that evaluation holds at a time
 def make_env(env: str) -> gym.Env:
     """From a Gymnasium id, or a recorded specification in JSON; it never renders.
 
-    The id may be module:Name-v0, where importing the module registers the environment.
+    The id may be module:Name-v0, where importing the module registers the environment. Raises what
+    Gymnasium raises where it is unknown or a package is missing.
     """
+    if "" not in sys.path:
+        sys.path.append("")  # modules of the current folder may have the environment
     if env.startswith("{"):
         spec = EnvSpec.from_json(env)
     else:
@@ -465,7 +470,9 @@ class Run:
         self.args = args
         self.data = data
         self.dataset = data.describe()
-        self.module = Path(sys.modules[type(args).__module__].__file__).stem
+        program = Path(sys.modules[type(args).__module__].__file__)
+        self.module = program.stem
+        self.code = hashlib.blake2b(program.read_bytes(), digest_size=8).hexdigest()
         self.algorithm = self.module + variant
         self.folder = run_folder(args, self.algorithm)
         self.checkpoint = self.folder / "checkpoint.pt"
@@ -555,7 +562,7 @@ class Run:
             learned[name] = part if isinstance(part, Tensor) else part.state_dict()
         saved = {"step": step, "learned": learned, "settings": self.settings, "curve": self.curve,
                  "metrics": self.metrics, "due": self.due, "seconds": self.seconds,
-                 "rng": torch.get_rng_state()}
+                 "rng": torch.get_rng_state(), "code": self.code}
         if self.data.device.type == "cuda":
             saved["cuda_rng"] = torch.cuda.get_rng_state()
         write_atomically(self.checkpoint, lambda part: torch.save(saved, part))
@@ -569,8 +576,10 @@ class Run:
         save_policy(self.folder, self.module, self.algorithm, self.actor, data)
         returns, score = self._evaluate("final", args.final_episodes, args.seed + 1000)
         chip = torch.cuda.get_device_name() if data.device.type == "cuda" else platform.machine()
-        versions = {"torch": torch.__version__, "numpy": np.__version__,
-                    "gymnasium": gym.__version__}
+        versions = {}
+        for package in ("torch", "numpy", "gymnasium", "mujoco", "minari"):
+            with suppress(PackageNotFoundError):
+                versions[package] = version(package)
         result = {"algorithm": self.algorithm, "env": args.env, "seed": args.seed,
                   "steps": args.steps, "args": asdict(args), "dataset": self.dataset,
                   "env_id": env_id(data.env_spec), "versions": versions,
@@ -636,6 +645,8 @@ class Run:
             if step > self.args.steps:
                 fail(f"--resume, but {path} was saved at step {step:,}, more than --steps "
                      f"{self.args.steps:,}")
+            if saved.get("code", self.code) != self.code:
+                notice(f"{self.module}.py has changed since {path} was saved")
             for name, part in self.learned.items():
                 if isinstance(part, Tensor):
                     part.data.copy_(saved["learned"][name])
@@ -678,7 +689,8 @@ class Run:
         """Returns and score, empty without an environment. Training's random state stays."""
         data = self.data
         if data.env_spec is None:
-            say(f"{label:<15} no environment, nothing is rolled out")
+            shown = " ".join(f"{key} {float(value):.3g}" for key, value in self.metrics.items())
+            say(f"{label:<15} not played; {shown}")
             return [], None
         if episodes == 0:
             return [], None
@@ -776,7 +788,8 @@ def build_suite_dataset(body: str, level: str) -> str:
             return dataset_id
         notice(f"{body}-{level} on this disk is of earlier behaviour policies; it is built anew")
     if not COLLECT.exists():
-        fail(f"{dataset_id} is not built, and only the repository can build it, with {COLLECT}")
+        fail(f"{dataset_id} is not built, and only the repository can build it: run a file there "
+             "once")
     builder = subprocess.Popen([sys.executable, COLLECT, dataset_id])
     before = signal.getsignal(signal.SIGTERM)
     with suppress(ValueError):  # only the main thread may take signals
@@ -933,6 +946,7 @@ def read_file(path: Path, eval_env: str) -> Source:
                "next_obs": None, "terminated": arrays["terminals"].astype(bool).reshape(count)}
     if "next_observations" in arrays:
         columns["next_obs"] = flatten_obs(obs_space, arrays["next_observations"])
+    check_finite(path.name, columns)  # before ends are looked for
     env_name, *score_range = known_body(path)
     if eval_env not in ("auto", "none"):
         env_name = eval_env
@@ -986,7 +1000,7 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     for key, array in arrays.items():
         if array.dtype.kind not in "biuf":
             fail(f"{path}: {key} must be an array of real numbers with a row for each step, of all "
-                 "episodes one after the other")
+                 f"episodes one after the other; its type is {array.dtype}")
     for key, array in arrays.items():
         if len(array) != count:
             fail(f"{path}: its columns differ in length: {count} rewards, {len(array)} {key}")
@@ -1067,7 +1081,12 @@ def find_ends(name: str, columns: dict[str, np.ndarray], env: gym.Env | None) ->
     elif not terminated.any():
         notice(f"{name} has no timeouts and no terminals, so all of it counts as one episode")
     else:
-        notice(f"{name} has no timeouts; only its {terminated.sum()} terminals end an episode")
+        lengths = np.diff(np.flatnonzero(terminated), prepend=-1)
+        clock = ""
+        if len(lengths) > 1 and len(set(lengths)) == 1:
+            clock = ", all of one length; if they mark a clock, give them as timeouts"
+        notice(f"{name} has no timeouts; only its {terminated.sum()} terminals end an episode"
+               f"{clock}")
     return truncated
 
 
@@ -1092,7 +1111,10 @@ def check_cuts(name: str, columns: dict[str, np.ndarray]) -> None:
         notice(f"in {breaks} rows of {name} next_observations are not the next row's observations, "
                "and no end is marked there; put one episode after the other, and mark each end")
     cuts = np.flatnonzero(columns["truncated"][:-1] & ~columns["terminated"][:-1])
-    if len(cuts) and np.array_equal(columns["next_obs"][cuts], columns["obs"][cuts + 1]):
+    if len(cuts) and not columns["next_obs"][cuts].any():
+        notice(f"at every timeout of {name} next_observations are zero; if they only fill a gap, "
+               "leave next_observations out")
+    elif len(cuts) and np.array_equal(columns["next_obs"][cuts], columns["obs"][cuts + 1]):
         notice(f"at every timeout of {name} next_observations are the next row's observations; if "
                "a reset lies between them, leave next_observations out")
 
@@ -1130,14 +1152,19 @@ def file_action_space(name: str, action: np.ndarray, env: gym.Env | None) -> spa
     if isinstance(space, spaces.Box) and math.prod(space.shape) == numbers:
         return space
     if whole and action.dtype.kind in "biu":
-        if action.min() > 0:
-            notice(f"{name} has no action 0; discrete actions are counted from 0")
+        if action.min() < 0:
+            fail(f"{name} has the action {action.min()}; discrete actions are counted from 0")
         if action.max() >= MOST_ACTIONS:
             fail(f"{name} has the action {action.max()}; actions are numbers from 0, and more than "
                  f"{MOST_ACTIONS:,} are not supported; number those that occur 0, 1, 2 …")
-        return spaces.Discrete(max(1, int(action.max()) + 1))
+        num = int(action.max()) + 1
+        occur = len(np.unique(action))
+        if occur < num:
+            notice(f"{name}: of the actions 0 to {num - 1} only {occur} occur; a policy may take "
+                   f"the others, too; if they do not exist, number those that occur 0, 1, 2 …")
+        return spaces.Discrete(num)
     if (action == np.round(action)).all():
-        notice(f"{name} has {numbers} whole numbers of {action.dtype} as an action, taken as "
+        notice(f"{name} has whole numbers as actions ({numbers} of {action.dtype}), taken as "
                "continuous; if they are choices, give one integer per row: 0, 1, 2 …")
     return spaces.Box(-np.inf, np.inf, (numbers,), np.float32)
 
@@ -1146,15 +1173,7 @@ def check_source(name: str, source: Source, discrete: bool | None, images: bool)
     """Ends the run where there are no rows, numbers that are not finite, or unsuited spaces."""
     if not len(source.columns["reward"]):
         fail(f"{name} has no transition whose next observation is known")
-    for key, column in source.columns.items():
-        if not np.issubdtype(column.dtype, np.floating):
-            continue
-        with np.errstate(over="ignore"):  # actions may still be float64
-            finite = np.isfinite(column.astype(np.float32, copy=False))
-        if not finite.all():
-            bad = ~finite.reshape(len(column), -1).all(axis=1)
-            fail(f"{name} has numbers in {key} that are not finite in float32, in {bad.sum()} "
-                 f"transitions, the first are {np.flatnonzero(bad)[:3].tolist()}")
+    check_finite(name, source.columns)
     for key in ("obs", "next_obs"):
         column = source.columns[key]
         largest = np.abs(column).max() if column.dtype.kind == "f" else 0
@@ -1175,6 +1194,37 @@ def check_source(name: str, source: Source, discrete: bool | None, images: bool)
     if discrete is True and not is_discrete:
         fail(f"{name} has continuous actions, this algorithm needs discrete ones (an integer per "
              "transition); for continuous ones there is td3_bc.py")
+
+
+def check_finite(name: str, columns: dict[str, np.ndarray | None]) -> None:
+    """Ends the run where a number is NaN, infinite, or too large for float32."""
+    for key, column in columns.items():
+        if column is None or not np.issubdtype(column.dtype, np.floating):
+            continue
+        with np.errstate(over="ignore"):  # actions may still be float64
+            finite = np.isfinite(column.astype(np.float32, copy=False))
+        if finite.all():
+            continue
+        finite = finite.reshape(len(column), -1)
+        rows = np.flatnonzero(~finite.all(axis=1))
+        where = ""
+        if finite.shape[1] > 1:
+            where = f" of the columns {np.flatnonzero(~finite.all(axis=0))[:3].tolist()}"
+        fail(f"{name} has numbers in {key}{where} that are not finite in float32, in {len(rows)} "
+             f"transitions, the first are {rows[:3].tolist()}")
+
+
+def check_scale(name: str, obs: np.ndarray) -> None:
+    """Says so where observations are much larger than what networks learn from."""
+    if obs.ndim != 2:
+        return
+    size = np.abs(obs).mean(axis=0, dtype=np.float64)
+    large = np.flatnonzero(size > 100)
+    if len(large):
+        notice(f"{name} has large numbers in the columns {large[:5].tolist()} of its observations, "
+               f"up to {size.max():.4g} on average; most algorithms take them as they are and "
+               "learn little from them: bring each column to mean 0 and deviation 1 (bc, td3_bc, "
+               "awr and decision_transformer do it themselves)")
 
 
 def known_next(data: Dataset, falls: Tensor) -> Tensor:
@@ -1292,6 +1342,9 @@ def choose_env(name: str, source: Source,
     except Exception as error:
         message = (f"the environment {env_id(recorded)} can't be made here "
                    f"({type(error).__name__}: {error})")
+        if isinstance(error, gym.error.UnregisteredEnv):
+            message += ("; an environment of your own is named module:Name-v0, with the module in "
+                        "the current folder or in PYTHONPATH")
         if eval_env != "auto":
             fail(message)
         notice(f"{message}; nothing is evaluated")
@@ -1305,6 +1358,8 @@ def choose_env(name: str, source: Source,
     if eval_env == "auto" and recorded in [entry[0] for entry in OTHER_BODIES.values()]:
         notice(f"{message}; nothing is evaluated")
         return None, score_range
+    if is_file(name) and eval_env == "auto":
+        message += " (its name begins with this body)"
     fail(f"{message}; --eval-env gives another environment, --eval-env none trains without one")
 
 
@@ -1426,7 +1481,8 @@ def load_policy(path: str | Path, device="cpu") -> Callable:
     """act of a saved policy (policy.pt or the run's folder): raw observations (B, S) to actions.
 
     The file that trained it must lie in algorithms/ or beside this file. Where act has a memory
-    (Decision Transformer), call act.start(B) before the first step of B new episodes.
+    (Decision Transformer), call act.start(B) before the first step of B new episodes, and after
+    each step act.record(row, reward) for each of them. What can't be loaded ends the program.
     """
     path = Path(path)
     if path.is_dir():
@@ -1438,7 +1494,8 @@ def load_policy(path: str | Path, device="cpu") -> Callable:
         actor = getattr(importlib.import_module(saved["module"]), saved["class"])(*saved["init"])
         actor.load_state_dict(saved["actor"])
     except Exception as error:
-        fail(f"can't load the policy {path}: {type(error).__name__}, {error}")
+        fail(f"can't load the policy {path}: {type(error).__name__}, {error}; where the actor's "
+             "__init__ takes other arguments than (obs_dim, action_dim), set self.init to them")
     act = actor.to(device).act
     return act if hasattr(act, "start") else MethodType(act_on, actor)
 

@@ -340,7 +340,9 @@ class Player:
             raise ValueError(f"{len(obs)} observations for {len(self.obs)} episodes: call start")
         # the newest step enters without its action, which (E4) hides; the oldest of more than K
         # leaves
-        obs = torch.as_tensor(obs).to(actor.obs_mean)  # simulators give float64
+        if isinstance(obs, np.ndarray):  # of any type, byte order and stride
+            obs = obs.astype(np.float32)
+        obs = torch.as_tensor(obs).to(actor.obs_mean)
         obs = ((obs - actor.obs_mean) / actor.obs_std).unsqueeze(1)  # (E, 1, S)
         asked = torch.as_tensor(self.still_asked, device=obs.device) / actor.return_scale  # (E,)
         self.obs = torch.cat([self.obs, obs], dim=1)[:, -CONTEXT:]

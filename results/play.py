@@ -60,8 +60,12 @@ def film(act, env_spec: str, seed: int, most_steps: int) -> list[Image.Image]:
         obs, _ = env.reset(seed=seed)
         env.render()
     except Exception as error:
-        fail(f"{spec.id} can't be drawn here ({type(error).__name__}: {error}); MuJoCo needs EGL "
-             "(apt install libegl1), classic control pip install pygame")
+        needs = "render_mode='rgb_array'"
+        if "mujoco" in str(spec.entry_point):
+            needs = "EGL (apt install libegl1)"
+        elif "classic_control" in str(spec.entry_point):
+            needs = "pygame (pip install pygame)"
+        fail(f"{spec.id} can't be drawn here ({type(error).__name__}: {error}); it needs {needs}")
     every = max(1, round(env.metadata.get("render_fps", 30) / FRAMES_PER_SECOND))
     if hasattr(act, "start"):
         act.start(1)
@@ -143,6 +147,11 @@ def main() -> None:
         act = load_policy(run)
         try:
             returns = evaluate(act, env_spec, options.episodes, options.seed)
+            low, high = ranges.get(env_id(env_spec), (np.nan, np.nan))
+            score = 100 * (returns.mean() - low) / (high - low)
+            shown = "" if np.isnan(score) else f"   score {score:.1f}"
+            print(f"{run}: return {returns.mean():.1f} ± {returns.std():.1f} over "
+                  f"{len(returns)} episodes{shown}", flush=True)
             if options.video:
                 films.append(film(act, env_spec, options.seed, options.most_steps))
         except KeyboardInterrupt:
@@ -151,11 +160,6 @@ def main() -> None:
             if isinstance(error, SystemExit) and error.code == 2:
                 raise  # a message of ours
             fail(f"playing {run} in {env_id(env_spec)} failed ({type(error).__name__}: {error})")
-        low, high = ranges.get(env_id(env_spec), (np.nan, np.nan))
-        score = 100 * (returns.mean() - low) / (high - low)
-        shown = "" if np.isnan(score) else f"   score {score:.1f}"
-        print(f"{run}: return {returns.mean():.1f} ± {returns.std():.1f} over "
-              f"{len(returns)} episodes{shown}")
     if options.video:
         save(side_by_side(films, labels), options.video)
         print(f"film: {options.video}")

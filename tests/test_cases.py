@@ -353,8 +353,21 @@ def test_what_a_file_does_not_say_gets_a_note(capsys):
     assert "the last 40 rows of log.npz are zero in every column" in noted(**unused)
     assert "98% of the rows of log.npz are terminals" in noted(terminals=np.arange(40) < 39)
     choices = np.eye(2, dtype=np.int64)[np.arange(40) % 2]
-    assert "2 whole numbers of int64 as an action" in noted(actions=choices)
-    assert "1 whole numbers of float32 as an action" in noted(actions=np.float32(choices[:, 0]))
+    assert "whole numbers as actions (2 of int64)" in noted(actions=choices)
+    assert "whole numbers as actions (1 of float32)" in noted(actions=np.float32(choices[:, 0]))
+    gauge = np.append(columns()["observations"], np.full((40, 1), 1013.0), axis=1)
+    assert "large numbers in the columns [3] of its observations" in noted(
+        observations=gauge, next_observations=None
+    )
+    clock = np.arange(1, 41) % 10 == 0
+    ends = dict(timeouts=None, next_observations=None)
+    assert "all of one length" in noted(terminals=clock, **ends)
+    assert "all of one length" not in noted(terminals=clock | (np.arange(40) == 4), **ends)
+    filled = columns()["next_observations"].copy()
+    filled[columns()["timeouts"].astype(bool)] = 0
+    assert "at every timeout of log.npz next_observations are zero" in noted(
+        next_observations=filled
+    )
     still = np.stack([columns()["actions"][:, 0], np.full(40, 0.5, np.float32)], axis=1)
     assert "never changes its actions [1]" in noted(actions=still)
 
@@ -1022,10 +1035,31 @@ def test_columns_that_are_something_else(capsys, key, values, line):
     )
 
 
+def test_actions_that_never_occur_are_named(capsys):
+    """Ids with gaps would give a policy actions that do not exist."""
+    load(save("log.npz", columns() | {"actions": np.array([0, 7, 200, 7] * 10)}), discrete=None)
+    assert any("of the actions 0 to 200 only 3 occur" in line for line in notes(capsys))
+
+
+def test_an_environment_in_the_current_folder(tmp_path, capsys, monkeypatch):
+    """module:Name-v0 is found there; an unknown name says so."""
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    (tmp_path / "own_world.py").write_text(
+        "import gymnasium as gym\n"
+        "gym.register('Here-v0', 'gymnasium.envs.classic_control:PendulumEnv', "
+        "max_episode_steps=3)\n"
+    )
+    log = save("log.npz", columns(obs=3))
+    assert train("bc", log, eval_env="own_world:Here-v0")["final_returns"]
+    assert "module:Name-v0" in refused(capsys, lambda: load(log, eval_env="Nowhere-v0"))
+    gym.registry.pop("Here-v0")
+
+
 @pytest.mark.parametrize(
     "change, line",
     [
         (dict(actions=np.zeros((40, 0))), "actions has shape (40, 0), so it holds no numbers"),
+        (dict(actions=np.arange(40) % 3 - 1), "has the action -1; discrete actions are counted"),
         (dict(actions=np.full(40, 10**9)), "has the action 1000000000; actions are numbers from 0"),
         (
             dict(observations=np.zeros((40, 3), np.uint8)),

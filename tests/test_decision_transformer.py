@@ -584,6 +584,17 @@ def test_times_beyond_the_embedding():
     assert listener.seen[-1].step.tolist() == [[7, 8, 8, 8]]
 
 
+@pytest.mark.parametrize("dtype", ["float64", ">f8"])
+def test_arrays_of_any_type_order_and_stride(dtype):
+    player = bold(3, 2).act
+    obs = np.arange(6, dtype=dtype).reshape(2, 3)
+    said = []
+    for array in (obs[::-1], np.float32([[3, 4, 5], [0, 1, 2]])):
+        player.start(2)
+        said.append(player(array))
+    assert_close(*said)
+
+
 def test_a_saved_policy_is_complete():
     """Units, request and scale travel with the weights; acting draws no random numbers."""
     actor = bold(3, 2)

@@ -210,6 +210,7 @@ def test_a_second_signal_ends_the_run_at_once(tmp_path, capsys):
 
 def test_a_closed_terminal_saves_and_ends_the_run(tmp_path):
     """SIGHUP is as SIGTERM, but for a run that shall outlive its terminal, as nohup starts it."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     record = begin(tmp_path, steps=100)
     record.step(1, {})
     signal.raise_signal(signal.SIGHUP)
@@ -271,6 +272,17 @@ def test_a_checkpoint_without_an_evaluation(tmp_path):
         again.begin({"layer": layer}, layer) == 0 and layer.weight.item() == 7 and again.curve == []
     )
     again.close()
+
+
+def test_a_file_that_was_edited_resumes_with_a_note(tmp_path, capsys):
+    record = begin(tmp_path, steps=4)
+    record.save(0)
+    record.close()
+    again = common.Run(replace(record.args, resume=True), record.data)
+    again.code = "of an edited file"
+    again.begin(record.learned, record.actor)
+    again.close()
+    assert "note: bc.py has changed since" in capsys.readouterr().err
 
 
 def test_a_metric_stays_until_a_step_reports_it_again(tmp_path):
