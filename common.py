@@ -26,6 +26,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -56,8 +57,15 @@ def excepthook(kind, error, trace) -> None:
         sys.__excepthook__(kind, error, trace)
 
 
+def thread_excepthook(failure) -> None:
+    """A full disk ends TensorBoard's thread, too; Run._log says so in one line."""
+    if not issubclass(failure.exc_type, OSError):
+        threading.__excepthook__(failure)
+
+
 if sys.excepthook is sys.__excepthook__:  # no debugger has its own
     sys.excepthook = excepthook
+    threading.excepthook = thread_excepthook
 
 import gymnasium as gym
 import numpy as np

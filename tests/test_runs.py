@@ -5,6 +5,7 @@ one that gets Ctrl-C, one in a folder of its own. """
 import importlib
 import json
 import math
+import os
 import shutil
 import signal
 import subprocess
@@ -469,6 +470,23 @@ def test_ctrl_c_before_a_run_begins():
     program = "import common\nraise KeyboardInterrupt"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert done.stderr == "error: stopped\n" and done.returncode in (130, -signal.SIGINT)
+
+
+def test_a_full_disk_is_one_line(small_data, tmp_path):
+    """TensorBoard writes in a thread of its own, whose traceback says nothing more."""
+    program = f"""
+import bc, errno
+from tensorboard.summary.writer.record_writer import RecordWriter
+def write(self, data):
+    raise OSError(errno.ENOSPC, "No space left on device")
+RecordWriter.write = write
+bc.train(bc.Args(env={ENV!r}, steps=200, eval_episodes=0, out={str(tmp_path)!r}))
+"""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "algorithms")])
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": path})
+    assert "No space left on device" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2
 
 
 def test_a_copied_file_runs_with_nothing_but_common_beside_it(small_data, tmp_path):
