@@ -18,6 +18,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -233,11 +234,17 @@ def run(name: str, command: list[str], history: bool) -> int:
 def run_all(commands: list[list[str]], jobs: int) -> int:
     """Some commands at a time. Ctrl-C and SIGTERM let the runs save, and start no other one."""
     children = []
+    stopped = threading.Event()
 
     def run_one(command: list[str]) -> int:
+        if stopped.is_set():
+            return 2
         child = subprocess.Popen(command, cwd=ROOT)
         children.append(child)
-        return child.wait()
+        code = child.wait()
+        if code != 0:
+            stopped.wait(1)  # the Ctrl-C that ended it may still be on its way to this process
+        return code
 
     def stop(*_) -> None:
         for child in children:
@@ -249,6 +256,7 @@ def run_all(commands: list[list[str]], jobs: int) -> int:
         try:
             return max(pool.map(run_one, commands))
         except KeyboardInterrupt:
+            stopped.set()
             print("error: stopped; the same command resumes", file=sys.stderr)
             return 2
 
