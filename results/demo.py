@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]  # lets this file find common.py
 from common import SUITE, load_dataset
-from style import CLONE, DATA, POLICY, plt
+from style import CLONE, DATA, POLICY, plt, words
 
 ROOT = Path(__file__).resolve().parent.parent
 ENV = "hopper-medium-replay"
@@ -54,9 +54,9 @@ def main() -> int:
         steps = [point["step"] for point in result["curve"]]
         axis.plot(steps, [point["score"] for point in result["curve"]], "o-", color=color)
         axis.text(steps[-1] + last / 40, result["score"], f"{name}: {result['score']:.0f}",
-                  color=color)
+                  color=words(color))
     axis.axhline(data, color=DATA, linestyle="--")
-    axis.text(last * 1.03, data - 6, f"the data: {data:.0f}", color=DATA)
+    axis.text(last * 1.03, data - 6, f"the data: {data:.0f}", color=words(DATA))
     axis.set(xlabel="updates", ylabel="score", title=ENV, xlim=(0, last * 1.35))
     figure.savefig(ROOT / "demo" / "learning_curve.png")
 

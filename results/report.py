@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "algorithms")]  # finds common.py and the algorithms
 from common import MAY_CHANGE, NAMES, SUITE, fail, load_dataset
-from style import CLONE, DATA, ESTIMATE, POLICY, plt
+from style import CLONE, DATA, ESTIMATE, POLICY, plt, words
 
 import numpy as np
 import overestimation
@@ -398,7 +398,7 @@ def draw_scores(env: str, runs_of: dict) -> None:
         lines = ((data, "data ", DATA), (clone, " clone ", CLONE))
         for (score, text, color), side in zip(lines, sides):
             axis.axvline(score, color=color, linestyle="--")
-            axis.text(score, len(order) - 0.3, text, color=color, ha=side)
+            axis.text(score, len(order) - 0.3, text, color=words(color), ha=side)
     labels = [f"{name}, {updates_of(runs_of[name], 1000)}k" for name in order]
     axis.set_yticks(range(len(order)), labels)
     axis.set(title=env, xlabel="score of the final policy, 100 episodes",

@@ -92,7 +92,7 @@ def draw(numbers: dict, path: Path) -> None:
         ax.plot(ACROSS, true_reward(GRID).view(65, 21).mean(dim=1), color=style.TRUTH)
         ax.plot(ACROSS, q.T, color=style.ESTIMATE, lw=1)
         ax.plot(ACROSS, q.min(axis=0), color=style.ESTIMATE, lw=3)
-        ax.text(0.06, -4.8, "data", color=style.DATA)
+        ax.text(0.06, -4.8, "data", color=style.words(style.DATA))
         ax.set(title=title, xlabel="action across the strip", ylabel="Q", ylim=(-5, 1.2))
     axes[0].text(-0.75, 0, "critics", color=style.ESTIMATE)
     axes[0].text(0.07, 0, "smallest: thick", color=style.ESTIMATE)
@@ -102,7 +102,7 @@ def draw(numbers: dict, path: Path) -> None:
         colour = style.SECOND if name == "EDAC" else style.ESTIMATE
         for one in numbers[name]:
             axes[2].plot(ACROSS[32:], one["spread / error"], line, color=colour, lw=1.5)
-    axes[2].text(0.3, 0.7, "EDAC", color=style.SECOND)
+    axes[2].text(0.3, 0.7, "EDAC", color=style.words(style.SECOND))
     axes[2].text(0.22, 0.14, "ten critics, or\na hundred (dotted)", color=style.ESTIMATE)
     axes[2].set(title="Spread / error", xlabel="distance from the strip", ylim=(0, 1.02),
                 ylabel="share")

@@ -94,9 +94,9 @@ def draw(numbers: dict, path: Path) -> None:
     left.axhline(0, color=style.TRUTH)
     right.axhline(0, color=style.TRUTH)
     left.text(410, 0.275, "Ensemble-DQN", color=style.ESTIMATE, ha="right")
-    left.text(410, 0.115, "REM and the mean (dashed)", color=style.SECOND, ha="right")
+    left.text(410, 0.115, "REM and the mean (dashed)", color=style.words(style.SECOND), ha="right")
     left.text(410, 0.008, "truth", ha="right")
-    middle.text(400, 0.177, "the mean (dashed)", color=style.SECOND, ha="right")
+    middle.text(400, 0.177, "the mean (dashed)", color=style.words(style.SECOND), ha="right")
     left.set(title="All is worth 0", xlabel="updates", ylabel="mean Q", ylim=(None, 0.3))
     middle.set(title="Spread of the heads", xlabel="updates", ylabel="standard deviation",
                ylim=(0, 0.19))

@@ -92,7 +92,7 @@ def draw(numbers: dict, path: Path) -> None:
     right.axhline(1, color=style.TRUTH, ls="--")
     left.text(-0.16, 40, "data")
     left.text(-0.72, 32, "dropout", color=style.ESTIMATE)
-    middle.text(-0.3, 0.3, "ten critics", color=style.SECOND)
+    middle.text(-0.3, 2.7, "ten critics", color=style.words(style.SECOND))
     right.text(4, 0.75, "1: tells nothing", ha="right")
     left.set(title="Data in the middle", xlabel="action", ylabel="1000 · variance of Q")
     middle.set(title="Data at both ends", xlabel="action", ylim=(0, None))

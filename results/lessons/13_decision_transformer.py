@@ -96,9 +96,9 @@ def draw(numbers: dict, path: Path) -> None:
     left.plot(ASKED, numbers["cliff"].T, color=style.SECOND, lw=1.5)
     left.plot(ASKED, numbers["goes on"].T, color=style.POLICY, lw=1.5)
     left.text(7.7, 8.6, "as asked", ha="right")
-    left.text(-1.3, -2.4, "returns in the data", color=style.DATA)
+    left.text(-1.3, -2.4, "returns in the data", color=style.words(style.DATA))
     left.text(7.4, 4.7, "it goes on", color=style.POLICY)
-    left.text(6, 0.4, "it has a cliff", color=style.SECOND)
+    left.text(6, 0.4, "it has a cliff", color=style.words(style.SECOND))
     left.set(title="Same policies, two worlds", xlabel="return asked for", ylabel="delivered")
     right.plot(TICKETS, numbers["lottery"].T, "o-", color=style.POLICY, lw=1.5, ms=4)
     right.set(title="A sure 2, or 4 with chance 0.3", xlabel="return asked for",

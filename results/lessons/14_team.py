@@ -91,7 +91,8 @@ def draw(numbers: dict, path: Path) -> None:
     for method, marker, shift in (("alone", "X", -0.2), ("weighted", "o", 0.2)):
         found, colour = numbers[method][0], COLOURS[method]
         left.plot(*found["choice"], marker, color=colour, ms=16)
-        left.text(found["choice"][0], found["choice"][1] - 0.35, method, color=colour, ha="center")
+        left.text(found["choice"][0], found["choice"][1] - 0.35, method, ha="center",
+                  color=style.words(colour))
         middle.bar(np.arange(4) + shift, found["q"], 0.38, color=colour)
         right.bar(np.arange(2) + shift, found["gamble"], 0.38, color=colour)
     left.set(title="The game, and what they choose", xlabel="agent 1", ylabel="agent 2",

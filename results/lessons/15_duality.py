@@ -4,11 +4,12 @@ Notes: references, Nachum & Dai (Fenchel-Rockafellar duality).
 Claim: where the dual objective is least, the Bellman residual of Q is the ratio of the policy's
 visits to the data's. If steps are random, and each shows one sampled next state, it is not.
 对偶目标取到最小时，Q 的贝尔曼残差就是策略与数据访问频率之比；若转移随机而只采样一次，则不成立。
-See: left, the red dots, learnt by networks, lie on the black line, the exact ratio. The mixture of
-the authors' code (orange) has it in the first cell only. Right, in a slippery corridor one sampled
-next cell is not enough. (The policy goes right from cell 0; the data are mostly in the middle.)
+See: left, the red dots, learnt by networks, lie on the black line, the exact ratio. The residual of
+the official code (orange) is right in the first cell only. Right, in a slippery corridor one
+sampled next cell is not enough. (The policy goes right from cell 0; the data are mostly in the
+middle.)
 Imprecise in the notes: they only name the reference. That nobody has to estimate a ratio is true of
-the objective, not of its estimate from single samples. algae_dice.py has the mixture by default.
+the objective, not of its estimate from single samples. algae_dice.py does as that code by default.
 Read next: algorithms/algae_dice.py.
 """
 import sys
@@ -79,7 +80,8 @@ def experiment(short: bool = False, seed: int = 0) -> dict:
 
 
 def check(numbers: dict) -> None:
-    exact, learnt, mixture, truth, sample, average = numbers.values()
+    exact, learnt, mixture = (numbers[name] for name in ("exact", "learnt", "mixture"))
+    truth, sample, average = (numbers[name] for name in ("truth", "one sample", "average"))
     assert (abs(learnt - exact) < 0.3).all() and exact[-1] > 4, "the residual is the ratio"
     assert (abs(mixture[1:]) < 0.3).all(), "the mixture's is not"
     assert (abs(average - truth) < 0.03).all() and sample[1] > truth[1] + 0.4, "random steps"
@@ -92,7 +94,7 @@ def draw(numbers: dict, path: Path) -> None:
     left.plot(numbers["learnt"].T, "o", color=style.ESTIMATE)
     left.text(1, 2.6, "exact")
     left.text(1, 2.2, "residual of Q, learnt", color=style.ESTIMATE)
-    left.text(1.5, 0.15, "released mixture", color=style.SECOND)
+    left.text(1.5, 0.15, "residual in the official code", color=style.words(style.SECOND))
     left.set(title="Policy's share of time / data's", xlabel="cell of the corridor", ylabel="ratio")
     right.plot(SLIPS, numbers["truth"], color=style.TRUTH)
     right.plot(SLIPS, numbers["one sample"], "o-", color=style.ESTIMATE)

@@ -91,7 +91,7 @@ def draw(numbers: dict, path: Path) -> None:
     for truth, guess in zip(numbers["truth"], numbers["estimate"]):
         best = guess.argmax()
         left.plot([OFFSETS[best]] * 2, [truth[best], guess[best]], "o:", color=style.POLICY, lw=1.5)
-    left.text(-0.27, 5.5, "near the data", color=style.DATA)
+    left.text(-0.27, 5.5, "near the data", color=style.words(style.DATA))
     left.text(0.31, 4.5, "estimates", color=style.ESTIMATE)
     left.text(0.45, -0.5, "truth")
     left.text(0.72, 5.5, "chosen", color=style.POLICY)

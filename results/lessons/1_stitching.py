@@ -101,7 +101,8 @@ def draw(numbers, path) -> None:
               "DT asked for 3 (dots)": (style.SECOND, ":", 0.8, -1.5)}
     for name, (color, line, x, y) in labels.items():
         axis.plot(numbers["paths"][name], line, color=color, linewidth=4)
-        axis.text(x, y, f"{name}: earns {numbers['returns'][name]:.0f}", color=color, weight="bold")
+        axis.text(x, y, f"{name}: earns {numbers['returns'][name]:.0f}", weight="bold",
+                  color=style.words(color))
     axis.set(xlabel="step", ylabel="height", ylim=(-1.6, 1.5),
              title="Each episode of the data (grey) takes one box; IQL takes both")
     plt.savefig(path)

@@ -95,7 +95,7 @@ def draw(numbers, path) -> None:
             mean, std = numbers[mode][name]
             line = "--" if name == "MMD of 100" else "-"
             axis.plot(u, torch.exp(-((u - mean) / std) ** 2 / 2), line, color=color, linewidth=3)
-            axis.text(*place, name, color=color, weight="bold")
+            axis.text(*place, name, color=style.words(color), weight="bold")
         axis.set(title=f"Data (grey) with {mode}", xlabel="u, the action before tanh", yticks=[],
                  ylim=(0, 1.2))
     plt.savefig(path)

@@ -94,8 +94,8 @@ def draw(numbers, path) -> None:
     for row, (name, color) in enumerate(zip(("data", "VAE", "Gaussian clone", BRAC[-1]), colors)):
         kind = "stepfilled" if name == "data" else "step"
         left.hist(actions[name], 40, density=True, range=(-1, 1), color=color, histtype=kind, lw=2)
-        left.text(0.5, 0.92 - 0.08 * row, f"{name}: {earned[name][0]:.2f}", color=color,
-                  transform=left.transAxes, weight="bold", ha="center")
+        left.text(0.5, 0.92 - 0.08 * row, f"{name}: {earned[name][0]:.2f}",
+                  color=style.words(color), transform=left.transAxes, weight="bold", ha="center")
     left.set(xlabel="action", xticks=(-1, -0.5, 0, 0.5, 1), yticks=[], ylabel="how often",
              title="Two modes: who acts where, earns what")
     right.plot(WEIGHTS, [earned[name][1:] for name in BRAC], "o-", color=style.POLICY)

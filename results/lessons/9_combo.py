@@ -98,14 +98,14 @@ def draw(numbers: dict, path: Path) -> None:
               "CQL": ("CQL", style.ESTIMATE, 6.1)}
     for name, (label, colour, height) in curves.items():
         left.plot(numbers[name].mean(0), ":" if name == "half" else "o-", color=colour)
-        left.text(CELLS - 0.8, height, label, color=colour, va="center")
+        left.text(CELLS - 0.8, height, label, color=style.words(colour), va="center")
     left.axvline(START, color=style.DATA, lw=1)
-    left.text(START - 0.1, 8, "start", color=style.DATA, ha="right")
+    left.text(START - 0.1, 8, "start", color=style.words(style.DATA), ha="right")
     left.set(title="CQL < COMBO < truth", xlabel="cell", ylabel="value (mean of ten data sets)")
     right.plot(INVENTED, numbers["invented"].T, color=style.SECOND, lw=1)
     right.axhline(numbers["truth"][0, START], color=style.TRUTH)
     right.text(0.4, 3.5, "truth", ha="right")
-    right.text(0, 5, "COMBO's value\nat the start,\nten data sets", color=style.SECOND)
+    right.text(0, 5, "COMBO's value\nat the start,\nten data sets", color=style.words(style.SECOND))
     right.set(title="A model that lies", xlabel="reward that it invents",
               ylabel="value at the start")
     figure.savefig(path)
