@@ -3,7 +3,8 @@
     python results/grid.py --part 1 --seeds 0 --history      (keeps each checkpoint of a run)
     python results/overestimation.py runs/*/hopper-medium-replay/seed0
 
-A run's policy plays EPISODES episodes from each of its kept checkpoints. At their first states two
+A run's policy plays EPISODES episodes from each of its kept checkpoints, or from its last one where
+none were kept (then the run has a row of the table, and no panel). At their first states two
 numbers are compared: what the critics say of the policy's action, their mean, and the discounted
 return that the episode then brings. Both lines in a panel are of the same policy and states; where
 red runs above black, Q errs upwards, as the notes say it must without a remedy.
@@ -102,7 +103,8 @@ def judge(folder: Path) -> dict | None:
     out, name = folder.parts[-4:-2]
     name = out if out.startswith(f"{name}-") else name  # a study: rebrac-target-rate-0.02
     points = []
-    for path in tqdm(sorted((folder / "history").glob("*.pt")), desc=name, leave=False):
+    kept = sorted((folder / "history").glob("*.pt")) or [folder / "checkpoint.pt"]
+    for path in tqdm(kept, desc=name, leave=False):
         saved = torch.load(path, map_location="cpu", weights_only=True)
         for key, part in learned.items():
             if isinstance(part, torch.nn.Module):
@@ -123,6 +125,7 @@ def last_ratio(one: dict) -> float:
 
 def draw(results: list[dict]) -> None:
     """Panels of the runs whose last Q promises most over what is earned, the first the most."""
+    results = [one for one in results if len(one["points"]) > 1]
     results = sorted(results, key=last_ratio, reverse=True)[:MOST_PANELS]
     rows = -(-len(results) // COLUMNS)
     figure, axes = plt.subplots(rows, COLUMNS, figsize=(12, 2.9 * rows), squeeze=False)
@@ -152,14 +155,14 @@ def draw(results: list[dict]) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("runs", type=Path, nargs="+", help="folders of runs that kept checkpoints")
+    parser.add_argument("runs", type=Path, nargs="+", help="folders of runs")
     folders = [run.resolve() for run in parser.parse_args().runs]
     path = HERE / "overestimation.json"
     known = json.loads(path.read_text()) if path.exists() else []
     kept = {(one["name"], one["env"], one["seed"]): one for one in known}
-    folders = [folder for folder in folders if (folder / "history").exists()]
+    folders = [folder for folder in folders if (folder / "checkpoint.pt").exists()]
     if not folders:
-        common.fail("no folder has kept checkpoints; results/grid.py --history keeps them")
+        common.fail("no folder has a checkpoint.pt; give folders as runs/iql/hopper-medium/seed0")
     for one in filter(None, map(judge, folders)):
         kept[one["name"], one["env"], one["seed"]] = one
     lines = ",\n".join(json.dumps(one) for one in kept.values())

@@ -339,14 +339,15 @@ def file_of(algorithm: str):
 
 def promise_table() -> list[str]:
     """What overestimation.py measured at the last checkpoint of each run."""
-    runs = [run for run in json.loads((HERE / "overestimation.json").read_text())
-            if run["env"] == "hopper-medium-replay"]
-    lines = ["| run on hopper-medium-replay | seed | updates | Q promises | is earned | ratio |",
-             "|---|---:|---:|---:|---:|---:|"]
-    for run in sorted(runs, key=overestimation.last_ratio, reverse=True):
+    runs = json.loads((HERE / "overestimation.json").read_text())
+    runs.sort(key=overestimation.last_ratio, reverse=True)
+    runs.sort(key=lambda run: run["env"], reverse=True)
+    lines = ["| dataset | run | seed | updates | Q promises | is earned | ratio |",
+             "|---|---|---:|---:|---:|---:|---:|"]
+    for run in runs:
         step, promised, earned = run["points"][-1]
-        lines.append(f"| {run['name']} | {run['seed']} | {step:,} | {promised:.0f} | {earned:.0f} "
-                     f"| {overestimation.last_ratio(run):.2f} |")
+        lines.append(f"| {run['env']} | {run['name']} | {run['seed']} | {step:,} | {promised:,.0f} "
+                     f"| {earned:.0f} | {overestimation.last_ratio(run):.2f} |")
     return lines
 
 
