@@ -8,6 +8,7 @@ import torch
 from conftest import ROOT
 
 sys.path.append(str(ROOT / "results"))
+import falls
 import overestimation
 import ranking
 
@@ -40,6 +41,16 @@ def test_promise_and_earnings(monkeypatch):
         want += sum(0.5**step * env.step([1.0])[1] for step in range(200)) / 2
     assert promised == pytest.approx(want_promise, abs=1e-5)
     assert earned == pytest.approx(want, abs=1e-5)
+
+
+def test_the_share_of_rollouts_that_are_over(monkeypatch):
+    """Of four, one ends in the first step, two of the other three in the second, none in the third;
+    after the last has ended there are no rows."""
+    monkeypatch.setattr(falls, "STARTS", 4)
+    monkeypatch.setattr(falls, "STEPS", 3)
+    rows = [0, 0, 1, 0] + [1, 0, 1] + [0]
+    assert falls.shares_over(torch.tensor(rows)) == [0.25, 0.75, 0.75]
+    assert falls.shares_over(torch.ones(4)) == [1, 1, 1]
 
 
 def test_the_discounted_return_and_its_ranks(monkeypatch):
