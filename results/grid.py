@@ -107,11 +107,12 @@ WEIGHTS = {  # of discrete CQL's term, on data where Q hardly depends on the act
     "cql_discrete-weight-0.1": "cql_discrete.py --steps 100000 --cql-weight 0.1",
     "cql_discrete-weight-0.01": "cql_discrete.py --steps 100000 --cql-weight 0.01",
 }
-HORIZONS = {  # longer rollouts in a model, all of the data; horizon 5 is mopo's and morel's own row
-    "mopo-horizon-25": "mopo.py --steps 50000 --dynamics-epochs 10 --horizon 25 "
-                       "--eval-every 5000",
+HORIZONS = {  # other rollouts in the model than the defaults', which have rows of their own
+    "mopo-horizon-5": "mopo.py --steps 100000 --dynamics-epochs 10 --horizon 5",
     "morel-horizon-50": "morel.py --steps 50000 --dynamics-epochs 10 --horizon 50 "
                         "--eval-every 5000",
+    "morel-horizon-50-beta-15": "morel.py --steps 50000 --dynamics-epochs 10 --horizon 50 "
+                                "--beta 15 --eval-every 5000",
 }
 # runs that differ from a default in one setting
 ONE_AT_A_TIME = STUDIES | RATES | WEIGHTS | HORIZONS
@@ -131,7 +132,7 @@ PARTS = {  # part: datasets, files, seeds
     "studies": (["hopper-medium"], STUDIES, "0"),
     "rates": (["hopper-medium-replay"], RATES, "0"),
     "weights": (["acrobot-replay"], WEIGHTS, "0-2"),
-    "horizons": (["hopper-medium"], HORIZONS, "0-2"),
+    "horizons": (["hopper-medium"], HORIZONS, "0"),
 }
 
 
