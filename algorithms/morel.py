@@ -52,7 +52,7 @@ Watch: `ends`, the share of a batch that ends. Where it stays near 0 while q_pol
 discounted return that is earned, pairs are not found unknown: raise --horizon, or lower --beta.
 
 Run:     python algorithms/morel.py --env hopper-medium [--penalty soft]
-Expect:  near 0 on hopper-medium, above the data on two medium-replay sets; results/README.md.
+Expect:  near 0 on hopper-medium (--horizon 50 --beta 15: 69.5); more on replay, results/README.md.
 """
 import copy
 import math

@@ -51,8 +51,8 @@ def judge(folder: Path) -> dict:
     print(f"{result['algorithm']}, horizon {horizon}, score {result['score']:.1f}: over after 5 "
           f"steps {over[4]:.1%}, 25 {over[24]:.1%}, {STEPS} {over[-1]:.1%}")
     return {"algorithm": result["algorithm"], "env": settings["env"], "seed": settings["seed"],
-            "updates": saved["step"], "horizon": horizon, "score": round(result["score"], 1),
-            "over": over}
+            "updates": saved["step"], "horizon": horizon, "beta": settings.get("beta"),
+            "score": round(result["score"], 1), "over": over}
 
 
 def shares_over(terminated: torch.Tensor) -> list[float]:
@@ -76,17 +76,19 @@ def draw(results: list[dict]) -> None:
         runs_of = {}
         for one in results:
             if one["algorithm"] == name:
-                runs_of.setdefault(one["horizon"], []).append(one)
+                runs_of.setdefault((one["horizon"], one["beta"]), []).append(one)
+        colors = (style.SECOND, style.POLICY, style.TRUTH)
         height = 116.0  # of the lowest label so far
-        for seen, color in zip(sorted(runs_of), (style.SECOND, style.POLICY)):
-            runs = runs_of[seen]
+        for (seen, beta), color in zip(sorted(runs_of), colors):
+            runs = runs_of[seen, beta]
             for one in runs:
                 share = [100 * value for value in one["over"]]
                 axis.plot(range(1, STEPS + 1), share, color=color, lw=1.5)
                 axis.plot(range(1, seen + 1), share[:seen], color=color, lw=5)
             height = min(100 * runs[0]["over"][-1], height - 16)
             scores = ", ".join(f"{one['score']:.0f}" for one in runs)
-            axis.text(STEPS + 2, height, f"{seen} steps:\nscore {scores}", va="center",
+            label = f"{seen} steps" if beta is None else f"{seen} steps, β {beta:g}"
+            axis.text(STEPS + 2, height, f"{label}:\nscore {scores}", va="center",
                       color=style.words(color))
         axis.set(title=f"{name}, trained in the thick part", xlabel="steps in the model",
                  xlim=(0, 1.4 * STEPS), xticks=(0, 25, 50, 75, 100))

@@ -113,6 +113,7 @@ HORIZONS = {  # other rollouts in the model than the defaults', which have rows 
                         "--eval-every 5000",
     "morel-horizon-50-beta-15": "morel.py --steps 50000 --dynamics-epochs 10 --horizon 50 "
                                 "--beta 15 --eval-every 5000",
+    "morel-beta-15": "morel.py --steps 50000 --dynamics-epochs 10 --beta 15 --eval-every 5000",
 }
 # runs that differ from a default in one setting
 ONE_AT_A_TIME = STUDIES | RATES | WEIGHTS | HORIZONS
