@@ -59,7 +59,8 @@ def excepthook(kind, error, trace) -> None:
 
 def thread_excepthook(failure) -> None:
     """A full disk ends TensorBoard's thread, too; Run._log says so in one line."""
-    if not issubclass(failure.exc_type, OSError):
+    ours = type(failure.thread).__module__.startswith("tensorboard")
+    if not (ours and issubclass(failure.exc_type, OSError)):
         threading.__excepthook__(failure)
 
 

@@ -46,7 +46,7 @@ Watch: q_policy. Where it grows above the largest discounted return of the data,
 exploits the model's errors: raise --penalty-weight. `reward`, a batch's mean after the penalty, may
 lie far below the data's mean reward; only if evaluations do not rise either does the penalty
 outweigh the task. Where q_policy is as high as the data's returns and evaluations stay low, the
-policy fails after the end of its rollouts: raise --horizon.
+policy may fail after the end of its rollouts: raise --horizon.
 
 Run:     python algorithms/mopo.py --env hopper-medium
 Expect:  on hopper-medium seeds far apart, and rising, after 50,000 updates in a model of 10 epochs;
