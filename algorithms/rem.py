@@ -43,9 +43,8 @@ dqn.py; below it a policy may fail all the same, so look at the evaluations.
 Run:     python algorithms/rem.py --env cartpole-replay
          python algorithms/rem.py --env cartpole-replay --ensemble
 Expect:  far above the data on cartpole-replay; failure on cartpole-medium, one policy's episodes.
-         In the committed runs DQN's mean is the highest wherever one of the three learns; REM and
-         Ensemble-DQN change places, and seeds lie far apart.
-         Scores and curves: results/README.md.
+         In the committed runs none of DQN, REM and Ensemble-DQN is ahead everywhere; evaluations
+         swing, and seeds lie far apart. Scores and curves: results/README.md.
 """
 import copy
 import sys
