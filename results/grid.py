@@ -71,6 +71,7 @@ MODES = {  # shorter studies of single forms
     "morel-soft": "morel.py --steps 20000 --penalty soft",
     "combo-uniform": "combo.py --steps 20000 --rollout-policy uniform",
 }
+PENALTY = {"mopo-no-penalty": "mopo.py --steps 100000 --penalty-weight 0"}
 STUDIES = {  # settings whose published value fails on this suite, one factor at a time; a tenth of
     # the episodes is held out, so that fqe.py can choose between the policies
     "awac-beta-2": "awac.py --steps 40000 --beta 2 --holdout 0.1",
@@ -130,6 +131,7 @@ PARTS = {  # part: datasets, files, seeds
     "discrete": ([f"{body}-{level}" for body in ("cartpole", "acrobot")
                   for level in ("replay", "medium")], DISCRETE, "0-2"),
     "modes": (["hopper-medium-replay"], MODES, "0"),
+    "penalty": (["hopper-medium", "halfcheetah-medium-replay"], PENALTY, "0"),
     "studies": (["hopper-medium"], STUDIES, "0"),
     "rates": (["hopper-medium-replay"], RATES, "0"),
     "weights": (["acrobot-replay"], WEIGHTS, "0-2"),

@@ -113,8 +113,7 @@ def card_table(rows: list[dict]) -> list[str]:
             _, low, high = SUITE[row["name"].split("-")[0]]
             spread = f" ± {std:.0f}, {most:.0f}" if std else ""
             theirs = [f"{mean:.0f}{spread}", f"{100 * (mean - low) / (high - low):.1f}"]
-        name = row["name"] + (" *" if "earlier" in row else "")
-        lines.append(f"| {name} | {row['transitions']:,} | {row['episodes']:,} | {ours} | "
+        lines.append(f"| {row['name']} | {row['transitions']:,} | {row['episodes']:,} | {ours} | "
                      f"{row['score']:.1f} | {theirs[0]} | {theirs[1]} |")
     return lines
 
@@ -156,18 +155,17 @@ def committed() -> dict[str, dict[str, list[dict]]]:
             fail(f"{path} can't be read: {error}")
         if missing:
             fail(f"{path} is no result of a run: it lacks {', '.join(sorted(missing))}")
+        if not is_current(result):
+            fail(f"{path} is of another {env} than the card tells of; run it again on this one")
         results[env][name].append(result)
     return results
 
 
 def grid_results() -> dict:
-    """What was committed without the studies. Of a cell's runs those on the present dataset, where
-    there are any."""
+    """What was committed, without the studies."""
     results = committed()
-    for env in results:
-        results[env] = {
-            name: list(filter(is_current, runs)) or runs
-            for name, runs in results[env].items() if name not in ONE_AT_A_TIME}
+    for env, runs_of in results.items():
+        results[env] = {name: runs for name, runs in runs_of.items() if name not in ONE_AT_A_TIME}
     return results
 
 
@@ -178,11 +176,8 @@ def mean_and_std(runs: list[dict]) -> str:
 
 
 def cell(runs: list[dict] | None) -> str:
-    """A score in bold; that of an earlier build of the dataset plain, with a star."""
-    if not runs:
-        return ""
-    text = mean_and_std(runs)
-    return f"**{text}** " if all(map(is_current, runs)) else f"{text}\\* "
+    """A score in bold."""
+    return f"**{mean_and_std(runs)}** " if runs else ""
 
 
 def score_of_data(run: dict) -> float:
@@ -192,13 +187,14 @@ def score_of_data(run: dict) -> float:
 
 
 def is_current(run: dict) -> bool:
-    """Whether a run used the dataset that `make data` builds, as far as the card knows it.
+    """Whether a run used the dataset that `make data` builds, as the card tells.
 
     Not by the fingerprint: processors round differently, and the last digits of the data with them.
+    Of a run that left episodes out only the name is known.
     """
     row = next((row for row in json.loads(CARD.read_text()) if row["name"] == run["env"]), None)
-    if row is None or "earlier" in row:
-        return False
+    if row is None or run["args"].get("holdout", 0):
+        return row is not None
     return all(round(run["dataset"][key], 2) == round(row[key], 2)
                for key in ("transitions", "episodes", "return_mean"))
 
@@ -220,7 +216,7 @@ def tables() -> None:
 def headline(results: dict) -> list[str]:
     """What a clone and the best methods score on the dataset that separates them most."""
     env = "hopper-medium-replay"
-    runs_of = {name: runs for name, runs in results[env].items() if all(map(is_current, runs))}
+    runs_of = results[env]
     order = sorted(runs_of, key=lambda name: np.mean([run["score"] for run in runs_of[name]]))
     best = [name for name in order if name != "bc"][-3:]
     scores = [f"{name} {mean_and_std(runs_of[name])}"
@@ -275,16 +271,15 @@ def younger_table(results: dict, published: dict) -> list[str]:
 
 def result_table(results: dict, published: dict) -> list[str]:
     lines = ["| dataset | algorithm | updates | seeds | score | data's score | published | "
-             "updates/s | build | settings that are not the file's defaults |",
-             "|---|---|---:|---:|---:|---:|---|---:|---|---|"]
+             "updates/s | settings that are not the file's defaults |",
+             "|---|---|---:|---:|---:|---:|---|---:|---|"]
     for env in sorted(results, key=NAMES.index):
         for algorithm, runs in sorted(results[env].items()):
             speed = np.mean([run["updates_per_second"] for run in runs])
-            build = "current" if all(map(is_current, runs)) else "earlier"
             lines.append(
                 f"| {env} | {algorithm} | {updates_of(runs)} | {len(runs)} | {mean_and_std(runs)}"
                 f" | {score_of_data(runs[0]):.1f} | {published.get(env, {}).get(algorithm, '–')}"
-                f" | {speed:.0f} | {build} | {other_settings(runs[0])} |")
+                f" | {speed:.0f} | {other_settings(runs[0])} |")
     return lines
 
 
@@ -295,8 +290,8 @@ def updates_of(runs: list[dict], unit: int = 1) -> str:
 
 
 def missing_table(results: dict) -> list[str]:
-    """Core-hours of the grid's runs that are not committed in full length on the present data, at
-    the median speed of what is committed of the same run."""
+    """Core-hours of the grid's runs that are not committed in full length, at the median speed of
+    what is committed of the same run."""
     columns = {"hopper-medium-replay": "123", "hopper-medium": "45", "the ten others": "6"}
     speeds, hours = defaultdict(list), defaultdict(lambda: defaultdict(float))
     for runs_of in results.values():
@@ -307,7 +302,7 @@ def missing_table(results: dict) -> list[str]:
             for name, command in files.items():
                 steps = int(re.search(r"--steps (\d+)", command)[1])
                 wanted = len(datasets) * len(seeds_of(seeds))
-                done = sum(is_current(run) and run["steps"] >= steps
+                done = sum(run["steps"] >= steps
                            for env in datasets for run in results.get(env, {}).get(name, []))
                 seconds = steps / np.median(speeds[name])
                 hours[name][column] += max(0, wanted - done) * seconds / 3600
@@ -372,8 +367,6 @@ def figures() -> None:
             draw_scores(env, results[env])
     for env in results:
         runs_of = {name: runs for name, runs in results[env].items() if name != "bc"}
-        present = {name: runs for name, runs in runs_of.items() if all(map(is_current, runs))}
-        runs_of = present or runs_of  # no curves of two datasets in one picture
         best = sorted(runs_of, key=lambda name: -np.mean([run["score"] for run in runs_of[name]]))
         if best:
             draw_curves(env, results[env], best[:MOST_PANELS])
@@ -382,16 +375,14 @@ def figures() -> None:
 
 
 def draw_scores(env: str, runs_of: dict) -> None:
-    """figures/scores-<dataset>.png: a dot for each algorithm and seed, hollow for runs on earlier
-    data; beside the name thousands of updates; lines for the data and a clone. Narrow, so that a
-    phone shows it legibly."""
+    """figures/scores-<dataset>.png: a dot for each algorithm and seed; beside the name thousands of
+    updates; lines for the data and a clone. Narrow, so that a phone shows it legibly."""
     order = sorted(runs_of, key=lambda name: np.mean([run["score"] for run in runs_of[name]]))
     figure, axis = plt.subplots(figsize=(6, 1.3 + 0.29 * len(order)))
     for row, name in enumerate(order):
         color = CLONE if name == "bc" else POLICY
         for run in runs_of[name]:
-            fill = "full" if is_current(run) else "none"
-            axis.plot(run["score"], row, "o", color=color, markersize=8, fillstyle=fill)
+            axis.plot(run["score"], row, "o", color=color, markersize=8)
     if "bc" in runs_of:
         data = score_of_data(runs_of["bc"][0])
         clone = np.mean([run["score"] for run in runs_of["bc"]])

@@ -56,21 +56,32 @@ def test_progress_of_a_folder_without_runs(tmp_path, capsys):
 
 
 def test_which_runs_are_of_the_present_build(tmp_path, monkeypatch):
-    """By the data's numbers, to two digits; a row of the card that is marked earlier has no present
-    runs."""
+    """By the data's numbers, to two digits; a run without a share of the episodes has others."""
     numbers = {"transitions": 10, "episodes": 2, "return_mean": 3.14159}
-    card = [
-        {"name": "a", **numbers, "return_mean": 3.14},
-        {"name": "b", **numbers, "earlier": True},
-    ]
     monkeypatch.setattr(report, "CARD", tmp_path / "card.json")
-    report.CARD.write_text(json.dumps(card))
-    assert report.is_current({"env": "a", "dataset": numbers})
-    assert not report.is_current({"env": "b", "dataset": numbers}) and not report.is_current(
-        {"env": "c", "dataset": numbers}
-    )
-    for name, other in (("transitions", 11), ("episodes", 3), ("return_mean", 3.16)):
-        assert not report.is_current({"env": "a", "dataset": numbers | {name: other}})
+    report.CARD.write_text(json.dumps([{"name": "a", **numbers, "return_mean": 3.14}]))
+
+    def run(env="a", holdout=0.0, **changed):
+        return {"env": env, "args": {"holdout": holdout}, "dataset": numbers | changed}
+
+    assert report.is_current(run()) and report.is_current(run(transitions=9, holdout=0.1))
+    assert not report.is_current(run(env="c")) and not report.is_current(run("c", 0.1))
+    for changed in ({"transitions": 11}, {"episodes": 3}, {"return_mean": 3.16}):
+        assert not report.is_current(run(**changed))
+
+
+def test_a_result_on_other_data_is_refused(tmp_path, monkeypatch, capsys):
+    source = ROOT / "results" / "scores" / "bc" / "hopper-medium" / "seed0.json"
+    result = json.loads(source.read_text())
+    result["dataset"]["episodes"] += 1
+    path = tmp_path / "scores" / "bc" / "hopper-medium" / "seed0.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(result))
+    monkeypatch.setattr(report, "HERE", tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        report.committed()
+    assert stop.value.code == 2
+    assert "another hopper-medium than the card tells of" in capsys.readouterr().err
 
 
 def test_the_settings_that_a_run_changed():
@@ -94,19 +105,18 @@ def test_the_settings_that_a_run_changed():
 
 
 def test_core_hours_of_what_has_not_run(monkeypatch):
-    """A run counts when it is of the present data and has the grid's length; the others take their
-    length over the median speed of all runs of their name."""
+    """A run counts when it has the grid's length; the others take their length over the median
+    speed of all runs of their name."""
     files = {"bc": "bc.py --steps 7200", "cql": "cql.py --steps 3600"}
     parts = {"1": (["a"], files, "0-2"), "4": (["b", "c"], {"cql": files["cql"]}, "0")}
     parts |= {part: ([], {}, "0") for part in "2356"}
     monkeypatch.setattr(report, "PARTS", parts)
-    monkeypatch.setattr(report, "is_current", lambda run: run["current"])
 
-    def run(steps, speed, current=True):
-        return {"steps": steps, "updates_per_second": speed, "current": current}
+    def run(steps, speed):
+        return {"steps": steps, "updates_per_second": speed}
 
     results = {
-        "a": {"bc": [run(7200, 1.0), run(7199, 3.0), run(9000, 2.0, False)], "cql": [run(60, 4.0)]},
+        "a": {"bc": [run(9000, 1.0), run(7199, 3.0), run(60, 2.0)], "cql": [run(60, 4.0)]},
         "c": {"cql": [run(3600, 4.0)]},
     }
     rows = [line.split(" | ") for line in report.missing_table(results)[2:]]
