@@ -48,8 +48,9 @@ Watch: weight_std stays below 1. If it grows, few transitions decide a batch: lo
 At 0, as with --no-reweight or one agent, this is independent BCQ. q_policy and kl as in bcq.py.
 
 Run:     python algorithms/mabcq.py --env hopper-medium --agents 3     (baseline: --no-reweight)
-Expect:  close to independent BCQ in short runs on two medium-replay sets, one seed each; games
-         where they differ: tests/test_mabcq.py. Scores and curves: results/README.md.
+Expect:  in short runs near independent BCQ on one medium-replay set and below it on another, one
+         seed each, too few to rank them; games where it is right: tests/test_mabcq.py and
+         results/lessons, 14. Scores and curves: results/README.md.
 """
 import copy
 import math
