@@ -51,7 +51,7 @@ its nature.
 
 Run:     python algorithms/cql.py --env hopper-medium --form logsumexp
 Expect:  above a clone on hopper-medium-replay after 30,000 updates, and rising; on hopper-medium
-         far above it and far below it in turn after 10,000. Published scores are of 1M. Slow, as an
+         far above it and far below it in turn near 10,000. Published scores are of 1M. Slow, as an
          update values 30 actions per observation. Scores and curves: results/README.md.
 """
 import copy

@@ -1,6 +1,7 @@
 """How soon a policy's rollouts in its own model are over: falls.json and figures/falls.png.
 
-    python results/falls.py runs/mo*/hopper-medium/seed? runs/*-horizon-5*/*/hopper-medium/seed0
+    python results/falls.py runs/mopo/hopper-medium/seed? runs/morel/hopper-medium/seed0 \\
+        runs/*-horizon-5*/*/hopper-medium/seed0
 
 From STARTS states of the data each run's last policy acts in the model that the run has fitted,
 with mopo.py's or morel.py's own `imagine`. A curve is the share of rollouts that are over after k

@@ -71,6 +71,7 @@ MODES = {  # shorter studies of single forms
     "morel-soft": "morel.py --steps 20000 --penalty soft",
     "combo-uniform": "combo.py --steps 20000 --rollout-policy uniform",
 }
+# what MOPO's penalty is good for
 PENALTY = {"mopo-no-penalty": "mopo.py --steps 100000 --penalty-weight 0"}
 STUDIES = {  # settings whose published value fails on this suite, one factor at a time; a tenth of
     # the episodes is held out, so that fqe.py can choose between the policies
